@@ -1,0 +1,209 @@
+"""Evaluation end to end with a model that knows the rule of some tasks, and exact match against the decoder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinyonn_jax.arc import generate, tokens
+from tinyonn_jax.arc.augment import Augmentation
+from tinyonn_jax.arc.batches import Batch, Query, prompts
+from tinyonn_jax.arc.evaluate import answer_cap, evaluate, exact, exact_per_step, teacher_forced_exact
+from tinyonn_jax.arc.submission import build_submission, score, validate_submission
+from tinyonn_jax.arc.tasks import Pair, Task
+from tinyonn_jax.arc.tokens import END, ROW, VOCAB
+from tinyonn_jax.config import DataConfig, EvalConfig, ModelConfig
+from tinyonn_jax.layers import base
+from tinyonn_jax.models import transformer
+
+C = -1  # the colour of the input's last cell
+SCRIPT = jnp.array([C, C, ROW, C, C, ROW, END])
+
+
+def painter(shapes=None):
+    """A model that answers 2 x 2 cells in the input's colour plus `params[task]`, and a colour alone without a task."""
+
+    def decode(params, cache, tokens, positions, start, prefix, task, dihedral):
+        if shapes is not None:
+            shapes.append(tokens.shape)
+        seen = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(cache[0], tokens, start)
+        colour = (jnp.take_along_axis(seen, prefix[:, None] - 3, 1) + params[task][:, None]) % 10
+        step = jnp.clip(start[:, None] + jnp.arange(tokens.shape[1]) + 1 - prefix[:, None], 0, len(SCRIPT) - 1)
+        told = jnp.where(SCRIPT[step] == C, colour, SCRIPT[step])
+        told = jnp.where((task >= 0)[:, None], told, END)
+        return 30.0 * jax.nn.one_hot(told, VOCAB), seen[None]
+
+    return generate.Decoder(lambda batch, length: jnp.zeros((1, batch, length), jnp.int32), decode)
+
+
+PAINTER = painter()
+OFFSET = np.array([0, 3, 0])  # task b is answered in the wrong colour
+DATA = DataConfig(max_grid=3, buckets=(4, 6, 13))
+EVAL = EvalConfig(augmentations=8, batch=5)
+
+
+def plain(height, width, colour):
+    return np.full((height, width), colour, np.int8)
+
+
+def task(name, *inputs):
+    """Inputs (height, width, colour) to be answered by 2 x 2 cells of the same colour."""
+    shown = tuple(Pair(plain(1, 1, c), plain(2, 2, c)) for c in range(1, 9))
+    return Task(name, shown, tuple(Pair(plain(h, w, c), plain(2, 2, c)) for h, w, c in inputs))
+
+
+TASKS = [task("a", (1, 1, 4), (1, 2, 5)), task("b", (1, 1, 6)), task("c", (2, 1, 7)), task("unseen", (1, 1, 3))]
+IDS = ("a", "b", "c")
+
+
+@pytest.mark.parametrize("decode", ["greedy", "search"])
+def test_end_to_end(decode):
+    cfg = EvalConfig(augmentations=8, batch=5, decode=decode)
+    found = evaluate(PAINTER, OFFSET, TASKS, IDS, DATA, cfg, checkpoint=7)
+    assert list(found.tasks) == ["a", "b", "c", "unseen"]
+    first, second = found.tasks["a"]
+    assert first.greedy.tolist() == [[4, 4], [4, 4]] and second.greedy.tolist() == [[5, 5], [5, 5]]
+    assert [(c.grid.tolist(), c.votes) for c in first.candidates] == [([[4, 4], [4, 4]], 8)]  # eight views, inverted, agree
+    assert first.candidates[0].logprob == pytest.approx(0, abs=1e-4)
+    assert found.tasks["b"][0].greedy.tolist() == [[9, 9], [9, 9]]
+    assert found.tasks["unseen"][0].greedy is None and found.tasks["unseen"][0].candidates == ()
+    assert found.too_long == () and found.checkpoint == 7 and found.augmentations == 8
+    validate_submission(build_submission(found), TASKS)
+    assert build_submission(found)["unseen"] == [{"attempt_1": [[0]], "attempt_2": [[0]]}]
+    assert score(found)["pass@1"] == pytest.approx({"outputs": 3 / 5, "task_mean": 2 / 4, "tasks": 2 / 4})
+
+
+def test_every_evaluation_starts_from_an_empty_vote():
+    first = evaluate(PAINTER, OFFSET, TASKS, IDS, DATA, EVAL)
+    second = evaluate(PAINTER, OFFSET + 1, TASKS[:1], IDS, DATA, EVAL)
+    again = evaluate(PAINTER, OFFSET, TASKS, IDS, DATA, EVAL)
+    assert all(c.grid[0, 0] != 4 or c.votes < 8 for c in second.tasks["a"][0].candidates)
+    assert [c.votes for p in again.tasks.values() for q in p for c in q.candidates] == [
+        c.votes for p in first.tasks.values() for q in p for c in q.candidates
+    ]
+
+
+def test_one_compilation_a_bucket_and_steady_progress():
+    shapes, progress = [], []
+    evaluate(painter(shapes), OFFSET, TASKS, IDS, DATA, EVAL, progress=lambda done, total: progress.append((done, total)))
+    assert sorted(shapes) == [(5, 1), (5, 1), (5, 4), (5, 6)]  # prompts of 4 or 6 tokens; then one token at a time
+    assert progress[-1] == (40, 40)
+    assert [done for done, _ in progress] == [5, 10, 15, 20, 24, 29, 34, 39, 40]  # 24 views of single cells, 16 of dominoes
+
+
+def test_the_number_of_rows_in_a_batch_does_not_matter():
+    one, many = (evaluate(PAINTER, OFFSET, TASKS[1:2], IDS, DATA, EvalConfig(augmentations=4, batch=batch)) for batch in (1, 64))
+    assert build_submission(one) == build_submission(many)
+
+
+def test_a_blank_task_leaves_nothing_to_know():
+    found = evaluate(PAINTER, OFFSET, TASKS, IDS, DATA, EvalConfig(augmentations=2, batch=5, blank_task=True))
+    assert score(found)["counts"]["pass@2_outputs"] == 0
+
+
+def test_context_prompts_show_the_demonstrations():
+    data = DataConfig(max_grid=3, format="context", buckets=(128,))
+    found = evaluate(PAINTER, OFFSET, TASKS[:1], IDS, data, EvalConfig(augmentations=2, batch=2))
+    assert score(found)["pass@1"]["outputs"] == 1
+
+
+def test_what_is_too_long_is_reported_and_still_an_entry():
+    tasks = [TASKS[0], task("large", (1, 1, 3), (3, 3, 2), (1, 6, 8))]  # 14 tokens; 9 lying or 14 standing
+    found = evaluate(PAINTER, np.zeros(2, int), tasks, ("a", "large"), DATA, EVAL)
+    assert [line.split(":")[0] for line in found.too_long] == ["task large, test input 2", "task large, test input 3"]
+    assert "the prompts of 8 views are longer than the largest bucket (13 tokens)" in found.too_long[0]
+    assert "the longest has 14" in found.too_long[0] and "--data.buckets" in found.too_long[0]
+    assert "the prompts of 4 views" in found.too_long[1]
+    assert build_submission(found)["large"][1] == {"attempt_1": [[0]], "attempt_2": [[0]]}
+    assert found.tasks["large"][1].greedy is None
+    assert found.tasks["large"][2].candidates[0].votes == 4  # of the views that fit
+    assert found.tasks["large"][0].candidates[0].votes == 8
+
+
+def test_the_cap_cuts_answers_off():
+    assert answer_cap(DataConfig(max_grid=3, buckets=(64,))) == 13
+    assert answer_cap(DataConfig(buckets=(64, 2000), tokens_per_batch=2000)) == 931
+    assert answer_cap(DataConfig(buckets=(64, 200))) == 200
+    assert evaluate(PAINTER, OFFSET, TASKS[:1], IDS, DATA, EVAL, cap=6).tasks["a"][0].greedy is None
+    assert evaluate(PAINTER, OFFSET, TASKS[:1], IDS, DATA, EVAL, cap=7).tasks["a"][0].greedy is not None
+
+
+def hand_batch():
+    """Three sequences of which the last two, three and no tokens count; the last row only fills the batch."""
+    return Batch(
+        tokens=np.array([[1, 2, 3, 4], [5, 6, 7, 8], [END] * 4], np.int32),
+        positions=np.zeros((3, 4, 3), np.int32),
+        prefix=np.array([2, 1, 0], np.int32),
+        length=np.array([4, 4, 0], np.int32),
+        loss_mask=np.array([[0, 1, 1, 0], [1, 1, 1, 0], [0] * 4], np.float32),
+        task=np.array([0, 1, -1], np.int32),
+        dihedral=np.zeros(3, np.int32),
+    )
+
+
+def said(*rows):
+    """Logits whose arg-max at each position is the given token."""
+    return jnp.array(np.eye(VOCAB)[np.array(rows)])
+
+
+def test_exact_by_hand():
+    batch = hand_batch()
+    right = said([9, 3, 4, 9], [6, 7, 8, 9], [9] * 4)
+    half = said([2, 3, 4, 9], [0, 7, 8, 9], [9] * 4)
+    neither = said([2, 3, 0, 9], [6, 7, 0, 9], [9] * 4)
+    assert exact(right, batch).tolist() == [True, True, True]
+    assert exact(half, batch).tolist() == [True, False, True]
+    answers = iter([right, half, neither])
+    assert teacher_forced_exact(lambda _: next(answers), [batch] * 3) == 3 / 6
+    steps = iter([jnp.stack([neither, right]), jnp.stack([half, right])])
+    assert exact_per_step(lambda _: next(steps), [batch] * 2) == [1 / 4, 1]
+    assert np.isnan(teacher_forced_exact(lambda b: right, []))
+
+
+@pytest.mark.parametrize("kind", ["dense", "dyntrm"])
+def test_what_is_decoded_with_a_cache_is_exact_when_teacher_forced(kind):
+    """And what differs in one token is not: the decoder and one forward pass of the real network agree."""
+    cfg = ModelConfig(kind=kind, dim=24, heads=2, head_dim=6, latent_heads=4, hidden=32, experts=4, expert_hidden=8, depth=2)
+    params = base.init(jax.random.key(0), transformer.spec(cfg, 2))
+    params = params.replace(head=params.head * 50)  # far from ties
+    decoder = generate.Decoder(
+        lambda batch, length: transformer.init_cache(cfg, batch, length), lambda *a: transformer.decode(*a, cfg)
+    )
+    cap = 12
+    queries = [Query(t, 0, row, Augmentation(d)) for row, t in enumerate(TASKS[:2], -1) for d in (0, 3, 5, 6)]
+    asked = prompts(queries, 8)
+    said = np.array(generate.greedy(decoder, params, asked, cap).tokens)
+    assert len(np.unique(said)) > 3
+    batch = written(asked, said)
+    forward = jax.jit(lambda batch: transformer.apply(params, batch, cfg, steps=True))
+    assert teacher_forced_exact(lambda b: forward(b).logits, [batch]) == 1
+    assert exact_per_step(lambda b: forward(b).steps, [batch])[-1] == 1
+    for row, at in enumerate([0, 1, 2, 3, 5, 8, 10, 11]):
+        said[row, at] = (said[row, at] + 1) % 10
+    assert teacher_forced_exact(lambda b: forward(b).logits, [written(asked, said)]) == 0
+
+
+def written(asked, said):
+    """Prompts and what was said to them, as a batch for teacher forcing; every token said counts, but for END after the first."""
+    n, cap = said.shape
+    length = asked.tokens.shape[1] + cap
+    batch = Batch(
+        tokens=np.full((n, length), END, np.int32),
+        positions=np.zeros((n, length, 3), np.int32),
+        prefix=asked.prefix,
+        length=asked.prefix + cap,
+        loss_mask=np.zeros((n, length), np.float32),
+        task=asked.task,
+        dihedral=asked.dihedral,
+    )
+    for row, prefix in enumerate(asked.prefix):
+        batch.tokens[row, :prefix], batch.positions[row, :prefix] = asked.tokens[row, :prefix], asked.positions[row, :prefix]
+        x = y = 0
+        for i, token in enumerate(said[row]):
+            batch.tokens[row, prefix + i] = token
+            batch.positions[row, prefix + i] = (0, 0, tokens.Z_END) if token == END else (x, y, tokens.Z_OUTPUT)
+            batch.loss_mask[row, prefix + i - 1] = 1
+            x, y = (0, y + 1) if token == ROW else (x + 1, y)
+            if token == END:
+                break
+    return batch

@@ -1,0 +1,334 @@
+import copy
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tinyonn_jax.arc.tasks import DataError, Pair, Task, audit, from_json, load_source, load_task_sets, to_json
+from tinyonn_jax.config import PRESETS, DataConfig
+
+GOOD = {
+    "train": [{"input": [[1, 2]], "output": [[3]]}, {"input": [[4]], "output": [[5, 6]]}, {"input": [[7]], "output": [[8]]}],
+    "test": [{"input": [[9]], "output": [[0]]}],
+}
+
+
+def write(folder, **tasks):
+    folder.mkdir(exist_ok=True)
+    for name, raw in tasks.items():
+        (folder / f"{name}.json").write_text(raw if isinstance(raw, str) else json.dumps(raw))
+    return str(folder)
+
+
+def shifted(by, raw=GOOD):
+    """The task with every colour moved on, so that its pairs differ from those of `raw`."""
+    return {k: [{n: [[(c + by) % 10 for c in row] for row in g] for n, g in pair.items()} for pair in raw[k]] for k in raw}
+
+
+def change(path, value):
+    raw = copy.deepcopy(GOOD)
+    place = raw
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    return raw
+
+
+def test_folder(tmp_path):
+    (task,), skipped, messages = load_source(write(tmp_path / "f", a=GOOD), "train")
+    assert (task.id, skipped, messages) == ("a", 0, ())
+    assert [pair.input.tolist() for pair in task.train] == [[[1, 2]], [[4]], [[7]]]
+    assert task.train[1].output.tolist() == [[5, 6]] and task.test[0].output.tolist() == [[0]]
+    assert task.train[0].input.dtype == np.int8
+
+
+IN = ("train", 1, "input")
+BAD = [
+    (change(IN, [[1, 2], [3]]), "train pair 2 input, row 2: 1 cells where row 1 has 2"),
+    (change(IN, [[1, 12]]), "train pair 2 input, row 1, column 2: 12 is no colour"),
+    (change(IN, [[-1]]), "row 1, column 1: -1 is no colour"),
+    (change(IN, [[True]]), "row 1, column 1: True is no colour"),
+    (change(IN, [[1.0]]), "row 1, column 1: 1.0 is no colour"),
+    (change(IN, [[None]]), "row 1, column 1: None is no colour"),
+    (change(IN, [["1\n2"]]), r"row 1, column 1: '1\n2' is no colour"),
+    (change(IN, [[[1]]]), "row 1, column 1: [1] is no colour"),
+    (change(IN, []), "train pair 2 input: 0 rows; a grid has 1 to 30"),
+    (change(IN, [[]]), "row 1: 0 cells; a row has 1 to 30"),
+    (change(IN, [[0] * 31] * 31), "train pair 2 input: 31 rows"),
+    (change(IN, [[0] * 31]), "row 1: 31 cells"),
+    (change(IN, "grid"), "train pair 2 input: must be a list of rows, not text"),
+    (change(IN, [1]), "train pair 2 input, row 1: must be a list of cells, not a number"),
+    (change(("train", 1, "output"), None), "train pair 2 output: must be a list of rows, not nothing"),
+    (change(("train", 0), 3), "train pair 1: must be an object"),
+    (change(("test", 0), {}), "test pair 1 input: must be a list of rows, not nothing"),
+    (change(("test", 0, "output"), [[11]]), "test pair 1 output, row 1, column 1: 11 is no colour"),
+    (change(("train",), []), "no demonstrations"),
+    (change(("test",), []), "no test inputs"),
+    (change(("test",), {}), '"test" must be a list of pairs, not an object'),
+    ({"train": GOOD["train"]}, '"test" must be a list of pairs, not nothing'),
+    ([1], "must be an object"),
+    ("{", "not JSON (line 1, column 2"),
+    ("", "not JSON"),
+    ("[" * 100_000, "brackets too deep"),
+    ("1" * 5000, "a number too long"),
+]
+
+
+@pytest.mark.parametrize(("raw", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_task(tmp_path, raw, message):
+    folder = write(tmp_path / "f", bad=raw, good=GOOD)
+    with pytest.raises(DataError) as caught:
+        load_source(folder, "train")
+    line = str(caught.value)
+    assert message in line and str(tmp_path / "f" / "bad.json") in line and "--data.skip-invalid" in line
+    assert "\n" not in line and len(line) < 400
+    tasks, skipped, messages = load_source(folder, "train", skip_invalid=True)
+    assert [task.id for task in tasks] == ["good"] and skipped == 1
+    assert message in messages[0] and "skip-invalid" not in messages[0]
+
+
+def test_wrong_encoding(tmp_path):
+    folder = write(tmp_path / "f")
+    (tmp_path / "f" / "a.json").write_bytes(json.dumps(GOOD).encode("utf-16"))
+    with pytest.raises(DataError, match=r"a\.json: not UTF-8 text \(byte 0\)"):
+        load_source(folder, "train")
+    with pytest.raises(DataError, match="has no valid task"):
+        load_source(folder, "train", skip_invalid=True)
+    (tmp_path / "f" / "a.json").write_bytes(json.dumps(GOOD).encode("utf-8-sig"))
+    assert len(load_source(folder, "train").tasks) == 1
+
+
+def test_missing_sources(tmp_path):
+    with pytest.raises(DataError, match=r"data\.train: 'arc3' does not exist; give a folder, .*arc2/evaluation"):
+        load_source("arc3", "train")
+    with pytest.raises(DataError, match=r"holds no \.json file"):
+        load_source(write(tmp_path / "empty"), "eval")
+    (tmp_path / "f" / "a.json").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"a\.json: cannot be read \(Is a directory\)"):
+        load_source(str(tmp_path / "f"), "train")
+
+
+def kaggle(tmp_path, challenges, solutions=None):
+    path = tmp_path / "mine_challenges.json"
+    path.write_text(json.dumps(challenges))
+    if solutions is not None:
+        (tmp_path / "mine_solutions.json").write_text(json.dumps(solutions))
+    return str(path)
+
+
+OPEN = {"train": GOOD["train"], "test": [{"input": [[1]]}, {"input": [[2, 3]]}]}
+
+
+def test_kaggle(tmp_path):
+    path = kaggle(tmp_path, {"b": OPEN, "a": OPEN})
+    tasks = load_source(path, "eval").tasks
+    assert [task.id for task in tasks] == ["a", "b"] and all(pair.output is None for task in tasks for pair in task.test)
+    kaggle(tmp_path, {"b": OPEN, "a": OPEN}, {"a": [[[4]], [[5]]], "b": [[[6]], [[7]]]})
+    outputs = [[pair.output.tolist() for pair in task.test] for task in load_source(path, "eval").tasks]
+    assert outputs == [[[[4]], [[5]]], [[[6]], [[7]]]]
+
+
+@pytest.mark.parametrize(
+    ("challenges", "solutions", "message"),
+    [
+        ([], None, "must hold an object of tasks by id, not a list"),
+        ({"a": OPEN}, [], "mine_solutions.json: must hold an object of solutions"),
+        ({"a": OPEN}, {}, "mine_solutions.json: task a: must be a list of 2 grids"),
+        ({"a": OPEN}, {"a": [[[1]]]}, "mine_solutions.json: task a: must be a list of 2 grids"),
+        ({"a": OPEN}, {"a": [[[1]], [[10]]]}, "mine_solutions.json: task a, solution 2, row 1, column 1: 10 is no colour"),
+        ({"a\n": OPEN}, None, r"task 'a\n': the task id must be printable text"),
+        ({"": OPEN}, None, "the task id must be printable"),
+        ({}, None, "has no valid task"),
+    ],
+)
+def test_bad_kaggle(tmp_path, challenges, solutions, message):
+    with pytest.raises(DataError) as caught:
+        load_source(kaggle(tmp_path, challenges, solutions), "eval")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_conceptarc_shape(tmp_path):
+    """A training source in Kaggle form with solutions contributes its test pairs, one without only its demonstrations."""
+    evaluated = write(tmp_path / "e", e=shifted(1))
+    for solutions, pairs in ((None, 3), ({"a": [[[4]], [[5]]]}, 5)):
+        sets = load_task_sets(DataConfig(train=(kaggle(tmp_path, {"a": OPEN}, solutions),), eval=evaluated))
+        assert [example.task_id for example in sets.training].count("a") == pairs
+
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+junk = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3))
+
+
+@st.composite
+def mutated(draw):
+    """A good task with one place replaced by junk, removed, or repeated many times."""
+    raw = copy.deepcopy(GOOD)
+    place, parents = raw, []
+    while isinstance(place, dict | list) and place and draw(st.integers(0, 5)):
+        key = draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
+        parents.append((place, key))
+        place = place[key]
+    if not parents:
+        return draw(junk)
+    parent, key = parents[-1]
+    action = draw(st.sampled_from(["replace", "remove", "repeat"]))
+    if action == "remove":
+        del parent[key]
+    else:
+        parent[key] = draw(junk) if action == "replace" else [parent[key]] * draw(st.integers(0, 40))
+    return raw
+
+
+contents = mutated().map(lambda raw: json.dumps(raw).encode()) | st.binary(max_size=40)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(contents, st.integers(0, 200), st.binary(max_size=3))
+def test_mutated_files_never_raise_anything_else(tmp_path, content, at, noise):
+    content = content[:at] + noise + content[at + len(noise) :] if noise else content
+    folder, file = tmp_path / "f", tmp_path / "mine_challenges.json"
+    folder.mkdir(exist_ok=True)
+    (folder / "t.json").write_bytes(content)
+    file.write_bytes(b'{"t": ' + content + b"}")
+    for source in (str(folder), str(file)):
+        try:
+            for task in load_source(source, "train").tasks:
+                for pair in task.train + task.test:
+                    for grid in (pair.input, pair.output):
+                        assert grid is None or (grid.ndim == 2 and grid.min() >= 0 and grid.max() <= 9 and max(grid.shape) <= 30)
+        except DataError as error:
+            assert "\n" not in str(error) and str(error).isprintable() and len(str(error)) < 500
+
+
+@pytest.fixture(scope="module")
+def laptop():
+    return load_task_sets(PRESETS["laptop"][1].data)
+
+
+def test_laptop(laptop):
+    assert (len(laptop.tasks), len(laptop.training), sum(len(task.test) for task in laptop.evaluation)) == (178, 587, 190)
+    assert laptop.task_ids == tuple(task.id for task in laptop.evaluation) == tuple(sorted(laptop.task_ids))
+    assert all(task.test == () for task in laptop.tasks)
+    assert laptop.audit.startswith("leakage audit: 0 by task id and 0 by identical pair, of 587 training pairs")
+    assert {example.row for example in laptop.training} == set(range(178))
+    assert all(laptop.task_ids[row] == name for row, name, _ in laptop.training)
+
+
+def test_demo():
+    sets = load_task_sets(PRESETS["demo"][1].data)
+    assert (len(sets.tasks), sum(len(task.test) for task in sets.evaluation)) == (30, 36)
+
+
+def test_holdout(laptop):
+    sets = load_task_sets(DataConfig(max_grid=10, holdout=True))
+    assert len(sets.training) + len(sets.validation) == 587
+    assert len(sets.validation) == sum(len(task.train) >= 3 for task in laptop.tasks)
+    for row, name, pair in sets.validation:
+        whole = next(task for task in laptop.evaluation if task.id == name)
+        assert sets.task_ids[row] == name and pair.key == whole.train[-1].key
+        assert pair.key not in {p.key for p in sets.tasks[row].train} and len(sets.tasks[row].train) == len(whole.train) - 1
+    assert [len(task.train) for task in sets.evaluation] == [len(task.train) for task in laptop.evaluation]
+
+
+def test_arc1_evaluation_in_arc2_training_is_refused():
+    with pytest.raises(DataError, match=r"376 of 1000 tasks of arc2 are scored \(data\.eval arc1\).*--data\.drop-overlap"):
+        load_task_sets(DataConfig(train=("arc2",), eval="arc1"))
+
+
+def test_arc1_with_overlap_dropped():
+    sets = load_task_sets(DataConfig(train=("arc1", "arc2"), eval="arc1", drop_overlap=True))
+    # 400 + 1000 training tasks, less the 376 that are scored and the 391 that ARC-AGI-1 training has too, and the 400 scored.
+    assert len(sets.tasks) == 400 + 400 + 1000 - 376 - 391 and len(sets.evaluation) == 400
+    assert len(set(sets.task_ids)) == len(sets.tasks)
+    assert sum(len(task.test) for task in sets.evaluation) == 419
+    assert any(line.startswith("391 of 1000 tasks of arc2 stand in an earlier source too") for line in sets.messages)
+    assert any(line == "1 of the training pairs equal a scored test pair: left out" for line in sets.messages)
+    naive = {(p.input.tobytes(), p.output.tobytes(), p.input.shape) for t in sets.evaluation for p in t.test}
+    assert not any((p.input.tobytes(), p.output.tobytes(), p.input.shape) in naive for _, _, p in sets.training)
+
+
+def test_another_sources_tasks_are_trained_whole(tmp_path):
+    train, scored = write(tmp_path / "t", a=GOOD), write(tmp_path / "e", b=shifted(1))
+    sets = load_task_sets(DataConfig(train=(train, train), eval=scored))
+    assert sets.task_ids == ("b", "a")
+    assert [(row, name) for row, name, _ in sets.training] == [(0, "b")] * 3 + [(1, "a")] * 4
+    same_source = load_task_sets(DataConfig(train=(scored,), eval=scored))
+    assert [name for _, name, _ in same_source.training] == ["b"] * 3
+
+
+def test_planted_overlaps(tmp_path):
+    scored = write(tmp_path / "e", b=GOOD)
+    by_id = write(tmp_path / "i", b=shifted(1), c=shifted(3))
+    with pytest.raises(DataError, match=r"1 of 2 tasks of .* are scored"):
+        load_task_sets(DataConfig(train=(by_id,), eval=scored))
+    sets = load_task_sets(DataConfig(train=(by_id,), eval=scored, drop_overlap=True))
+    assert [name for _, name, _ in sets.training] == ["b"] * 3 + ["c"] * 4
+    assert [pair.input.tolist() for row, _, pair in sets.training if row == 0] == [pair["input"] for pair in GOOD["train"]]
+
+    copied = shifted(1)
+    copied["train"][1] = GOOD["test"][0]
+    by_pair = write(tmp_path / "p", c=copied)
+    with pytest.raises(DataError, match=r"1 of the training pairs equal a scored test pair; .*--data\.drop-overlap"):
+        load_task_sets(DataConfig(train=(by_pair,), eval=scored))
+    sets = load_task_sets(DataConfig(train=(by_pair,), eval=scored, drop_overlap=True))
+    assert [name for _, name, _ in sets.training] == ["b"] * 3 + ["c"] * 3
+
+
+def test_audit_catches_leaks():
+    def pair(*cells):
+        return Pair(*(np.array([[cell]], np.int8) for cell in cells))
+
+    scored = Task("s", (pair(1, 2),), (pair(3, 4), Pair(np.array([[5]], np.int8))))
+    honest = Task("h", (pair(3, 5),), (pair(4, 3),))
+    assert audit([Task("s", scored.train, ()), honest], [scored]).endswith("(1 of their test outputs are unknown)")
+    with pytest.raises(DataError, match="1 by task id and 0 by identical pair, of 2 training pairs"):
+        audit([Task("s", (*scored.train, pair(5, 6)), ())], [scored])
+    with pytest.raises(DataError, match="0 by task id and 1 by identical pair, of 2 training pairs"):
+        audit([Task("h", honest.train, (pair(3, 4),))], [scored])
+    with pytest.raises(DataError, match="1 by task id and 1 by identical pair"):
+        audit([scored.__class__("s", scored.train, scored.test[:1])], [scored])
+
+
+def test_same_cells_in_another_shape_are_not_identical():
+    row, column = np.array([[1, 2]], np.int8), np.array([[1], [2]], np.int8)
+    assert Pair(row, row).key != Pair(row, column).key != Pair(column, column).key
+    assert Pair(row, None).key != Pair(row, row).key == Pair(row.copy(), row.T.copy().T).key
+
+
+def test_filters(tmp_path):
+    with pytest.raises(DataError, match=r"no task has only grids up to 1 x 1; raise --data\.max-grid"):
+        load_task_sets(DataConfig(train=(write(tmp_path / "f", a=GOOD),), eval=str(tmp_path / "f"), max_grid=1))
+    big = shifted(1)
+    big["test"][0]["output"] = [[1] * 5]
+    write(tmp_path / "f", b=big)
+    cfg = DataConfig(train=(str(tmp_path / "f"),), eval=str(tmp_path / "f"), max_grid=4)
+    assert load_task_sets(cfg).task_ids == ("a",)
+    wide = shifted(2)
+    wide["train"][0]["input"] = [[1, 2, 3]]
+    write(tmp_path / "f", _=wide)  # first by id, not by size
+    assert load_task_sets(DataConfig(train=cfg.train, eval=cfg.eval, smallest=2)).task_ids == ("a", "b")
+
+
+def test_skipped_tasks_are_counted(tmp_path):
+    folder = write(tmp_path / "f", a=GOOD, b="{", c="{")
+    with pytest.raises(DataError):
+        load_task_sets(DataConfig(train=(folder,), eval=folder))
+    sets = load_task_sets(DataConfig(train=(folder,), eval=folder, skip_invalid=True))
+    assert sets.skipped == 2 and len(sets.messages) == 2 and sets.task_ids == ("a",)
+
+
+def test_json_round_trip(tmp_path):
+    write(tmp_path / "t", a=GOOD, c=shifted(3))
+    path = kaggle(tmp_path, {"k": change(("test",), [{"input": [[1]]}])})
+    sets = load_task_sets(DataConfig(train=(str(tmp_path / "t"),), eval=path, holdout=True))
+    text = to_json(sets)
+    again = from_json(text)
+    assert to_json(again) == text and json.loads(text)["task_ids"] == ["k", "a", "c"]
+    assert (again.task_ids, again.audit, again.skipped) == (sets.task_ids, sets.audit, sets.skipped)
+    assert [(e.row, e.task_id, e.pair.key) for e in again.training] == [(e.row, e.task_id, e.pair.key) for e in sets.training]
+    assert [(e.row, e.task_id, e.pair.key) for e in again.validation] == [(e.row, e.task_id, e.pair.key) for e in sets.validation]
+    for damaged in (text[: len(text) // 2], "[]", "{}", text.replace('"row": 0', '"row": 9'), text.replace("[[4]]", "[[40]]")):
+        with pytest.raises(DataError, match=r"tasks\.json"):
+            from_json(damaged)

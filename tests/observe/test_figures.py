@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from matplotlib.text import Text
+
+from tests.observe import synthetic
+from tinyonn_jax.observe import figures
+from tinyonn_jax.observe.figures import NO_LAYERS, NOT_MEASURED, compare_figure, core_metrics, expert_dashboard, write_dashboards
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def panel(figure, title):
+    return next(ax for ax in figure.axes if ax.get_title(loc="left") == title)
+
+
+def drawn(ax):
+    """Every labelled curve of a panel, as (steps, values)."""
+    return {line.get_label(): line.get_xydata() for line in ax.lines if not str(line.get_label()).startswith("_")}
+
+
+def test_dashboards_are_png_files_of_readme_size(run):
+    for path in write_dashboards(run):
+        height, width = imread(path).shape[:2]
+        assert path.parent == run / "figures" and width == 1680 and height >= 500
+        assert imread(path).std() > 0.05
+    assert sorted(p.name for p in (run / "figures").iterdir()) == ["core_metrics_latest.png", "expert_dashboard_latest.png"]
+
+
+def test_core_metrics_draw_what_was_logged():
+    figure = core_metrics(synthetic.rows(steps=200, every=20, validate=100))
+    curves = drawn(panel(figure, "Accuracy"))
+    logged = synthetic.rows(steps=200, every=20, validate=100)
+    np.testing.assert_allclose(curves["token"][:, 1], [row["main_acc"] for row in logged])
+    np.testing.assert_allclose(curves["grid, val."], [(r["step"], r["valid_exact"]) for r in logged if "valid_exact" in r])
+    assert 100 not in drawn(panel(figure, "Loss"))["main"][:, 0], "the skipped step has no loss"
+    assert len(drawn(panel(figure, "Loss"))["main"]) == 9
+
+
+def test_active_and_alive_modules_by_hand():
+    layers = [
+        {"feedforward": {"load": [0.5, 0.25, 0.25, 0.0], "active_share": 0.5}},
+        {"feedforward": {"load": [1.0, 0.0, 0.0, 0.0], "active_share": 0.25}},
+    ]
+    figure = core_metrics([{"step": 10 * (i + 1), "layers": layer} for i, layer in enumerate(layers)])
+    assert drawn(panel(figure, "Active modules"))["experts"].tolist() == [[10, 2], [20, 1]]
+    assert drawn(panel(figure, "Modules alive"))["experts, of 4"].tolist() == [[10, 3], [20, 1]]
+
+
+def test_panels_without_data_say_so():
+    dense = synthetic.rows(steps=400, routed=False)
+    assert texts(core_metrics(dense)).count(NO_LAYERS) == 2
+    assert texts(core_metrics(dense)).count(NOT_MEASURED) == 2
+    assert texts(expert_dashboard(dense)).count(NO_LAYERS) == 4
+    assert texts(core_metrics([])).count("nothing logged yet") == 4
+    assert texts(expert_dashboard([])).count("nothing logged yet") == 4
+    assert texts(expert_dashboard(synthetic.rows(steps=400))).count("no routing snapshot yet") == 4
+    assert texts(expert_dashboard([], synthetic.routing())).count("no loads logged yet") == 4
+    routed = texts(core_metrics(synthetic.rows(steps=400))) + texts(
+        expert_dashboard(synthetic.rows(steps=400), synthetic.routing())
+    )
+    assert not {NO_LAYERS, NOT_MEASURED, f"goodness: {NOT_MEASURED}", "no routing snapshot yet"} & set(routed)
+
+
+def test_goodness_that_no_rule_measured_is_not_called_bad():
+    routing = {key: value * (not key.endswith("goodness")) for key, value in synthetic.routing().items()}
+    said = texts(expert_dashboard(synthetic.rows(steps=400), routing))
+    assert f"goodness: {NOT_MEASURED}" in said and "used" in said and "bad" not in said
+
+
+def test_only_the_last_block_of_many_is_shown():
+    layer = {"load": [0.5, 0.5], "active_share": 1.0}
+    layers = {f"{block}/{kind}": layer for block in range(3) for kind in ("attention", "feedforward")}
+    rows = [{"step": step, "layers": layers} for step in (10, 20)]
+    said = texts(expert_dashboard(rows))
+    assert "2 experts" in said and "2 heads" in said and "0 experts" not in said
+
+
+def test_principal_axes_are_those_of_the_covariance():
+    points = np.random.default_rng(0).normal(size=(9, 5)) * [3, 2, 1, 0.5, 0.1]
+    flat, explained = figures._plane(points)
+    values = np.sort(np.linalg.eigvalsh(np.cov(points.T)))[::-1]
+    np.testing.assert_allclose(np.cov(flat.T), np.diag(values[:2]), atol=1e-12)
+    np.testing.assert_allclose(explained, values[:2] / values.sum())
+    assert figures._plane(np.ones((1, 4)))[0].shape == (1, 2)
+
+
+def test_smoothing_keeps_constants_and_halves_nothing_at_the_ends():
+    np.testing.assert_allclose(figures._smooth(np.full(100, 3.0)), 3.0)
+    assert figures._smooth(np.arange(100.0))[0] == pytest.approx(1.0)  # mean of 0, 1, 2: half of a window of five
+
+
+def test_compare_figure_draws_every_run_and_says_what_is_missing():
+    figure = compare_figure({"a": synthetic.rows(steps=400), "b": [{"step": 1, "main_loss": 2.0}], "c": []})
+    assert set(drawn(panel(figure, "Loss"))) == {"a", "b"}
+    assert set(drawn(panel(figure, "Tokens per second"))) == {"a"}
+    assert "not logged" in texts(compare_figure({"b": [{"step": 1, "main_loss": 2.0}]}))

@@ -1,0 +1,221 @@
+"""Checkpoints: what was saved comes back, damage is noticed and survived, and a full disk loses nothing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tinyonn_jax.config import MeshConfig
+from tinyonn_jax.layers.base import Param, init, normal
+from tinyonn_jax.training import sharding
+from tinyonn_jax.training.checkpoint import CheckpointError, Checkpoints, restore_params, steps
+from tinyonn_jax.training.state import TrainState
+
+SPEC = {"w": Param((64, 24), ("embed", None), normal(1.0)), "router": {"proto": Param((3, 64), ("modules", "embed"), normal(1.0))}}
+TX = optax.multi_transform({"a": optax.adamw(1e-3), "b": optax.sgd(0.1, momentum=0.9)}, {"w": "a", "router": {"proto": "b"}})
+
+
+@flax.struct.dataclass
+class Meta:
+    records: dict
+    rule: tuple | None = None
+
+
+def make(seed: int = 0) -> TrainState:
+    """A state with the containers that real ones have: structs, named tuples, tuples, None and key data."""
+    state = TrainState.create(init(jax.random.key(seed), SPEC), TX, Meta({"w": jnp.arange(3.0)}, (jnp.int32(7), None)), seed)  # pyright: ignore[reportArgumentType]
+    return state.replace(step=jnp.int32(seed))
+
+
+def on_host(state):
+    return jax.tree.map(np.asarray, state)
+
+
+def save(folder: Path, *numbers: int, scores: dict[int, float | None] | None = None, keep: int = 2) -> None:
+    with Checkpoints(folder, keep, {"model": {"dim": 64}}) as checkpoints:
+        for n in numbers:
+            checkpoints.save(n, make(n), (scores or {}).get(n))
+
+
+def restore(folder: Path, like=None) -> tuple[TrainState | None, list[str]]:
+    said: list[str] = []
+    with Checkpoints(folder, say=said.append) as checkpoints:
+        return checkpoints.restore(make() if like is None else like), said
+
+
+def test_what_was_saved_comes_back(tmp_path):
+    assert restore(tmp_path / "new") == (None, [])
+    save(tmp_path, 3)
+    state, said = restore(tmp_path)
+    assert not said
+    chex.assert_trees_all_equal(state, make(3))
+    assert jax.tree.structure(state) == jax.tree.structure(make(3))
+    assert json.loads((tmp_path / "3" / "config" / "metadata").read_text()) == {"model": {"dim": 64}}
+
+
+def test_a_state_may_be_donated_while_it_is_written(tmp_path):
+    advance = jax.jit(lambda s: jax.tree.map(lambda x: x + 1 if x.dtype == jnp.float32 else x, s), donate_argnums=0)
+    state = advance(make(1))
+    expected = on_host(jax.tree.map(jnp.copy, state))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        for _ in range(20):
+            state = advance(state)
+    chex.assert_trees_all_equal(on_host(restore(tmp_path)[0]), expected)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, 5, scores={1: 0.1, 2: 0.9, 3: float("nan"), 4: 0.5})
+    assert steps(tmp_path) == [2, 4, 5]
+    assert restore_params(tmp_path, make().params, "params", "best")[1] == 2
+    save(tmp_path, 6, 7, scores={7: 0.95})  # another process goes on: the scores are on disk
+    assert steps(tmp_path) == [6, 7]
+
+
+def test_without_scores_only_the_newest_stay(tmp_path):
+    save(tmp_path, 1, 2, 3, keep=1)
+    assert steps(tmp_path) == [3]
+    with pytest.raises(CheckpointError, match="validation score"):
+        restore_params(tmp_path, make().params, step="best")
+
+
+def test_parameters_alone(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for n in (1, 2):
+            checkpoints.save(n, make(n).replace(ema=jax.tree.map(lambda x, n=n: x * 0 + n, make().params)))
+    ema, step = restore_params(tmp_path, make().params)
+    assert step == 2 and float(ema["w"].max()) == float(ema["w"].min()) == 2
+    params, step = restore_params(tmp_path, make().params, "params", 1)
+    assert step == 1
+    chex.assert_trees_all_equal(params, make(1).params)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 9; there are 1, 2"):
+        restore_params(tmp_path, make().params, step=9)
+    with pytest.raises(CheckpointError, match="train first"):
+        restore_params(tmp_path / "none", make().params)
+
+
+@pytest.mark.parametrize(("before", "after"), [(MeshConfig(data=1), MeshConfig(fsdp=8)), (MeshConfig(fsdp=8), MeshConfig(data=1, fsdp=2))])
+def test_a_checkpoint_moves_to_another_number_of_devices(tmp_path, before, after):
+    made = sharding.born_sharded(make, sharding.abstract(sharding.make_mesh(before), SPEC, make))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, made)
+    like = sharding.abstract(sharding.make_mesh(after), SPEC, make)
+    state, _ = restore(tmp_path, like)
+    assert state is not None
+    chex.assert_trees_all_equal(on_host(state), on_host(made))
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, like)
+    assert len(state.params["w"].sharding.device_set) == after.fsdp
+
+
+def empty(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+def truncate_array(path: Path) -> None:
+    largest = max((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def truncate_metrics(path: Path) -> None:
+    (path / "metrics" / "metrics").write_bytes(b"")
+
+
+def truncate_top(path: Path) -> None:
+    (path / "_CHECKPOINT_METADATA").write_bytes(b"")
+
+
+def flip_bit(path: Path) -> None:
+    file = max((path / "params").rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def remove_file(path: Path) -> None:
+    next((path / "training").rglob("manifest.ocdbt")).unlink()
+
+
+@pytest.mark.parametrize("damage", [empty, truncate_array, truncate_metrics, truncate_top, flip_bit, remove_file])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, damage, capfd):
+    save(tmp_path, 20, 40)
+    damage(tmp_path / "40")
+    said: list[str] = []
+    ema, step = restore_params(tmp_path, make().params, say=said.append)  # reading changes nothing
+    assert step == 20 and len(said) == 1
+    chex.assert_trees_all_equal(ema, make(20).ema)
+    state, lines = restore(tmp_path)
+    assert lines == said and "/40 cannot be read" in said[0] and "falling back to step 20" in said[0]
+    chex.assert_trees_all_equal(state, make(20))
+    save(tmp_path, 40)  # the same step again
+    chex.assert_trees_all_equal(restore(tmp_path)[0], make(40))
+    assert (tmp_path / "40.broken").is_dir()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_readable_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
+    save(tmp_path, 20)
+    empty(tmp_path / "20")
+    with pytest.raises(CheckpointError, match="move the folder away") as error:
+        Checkpoints(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert steps(tmp_path) == [20]
+
+
+def test_what_a_kill_leaves_of_a_save_is_cleared_away(tmp_path):
+    save(tmp_path, 20)
+    shutil.copytree(tmp_path / "20", tmp_path / "40.orbax-checkpoint-tmp")
+    state, said = restore(tmp_path)
+    assert int(state.step) == 20 and not said
+    assert sorted(os.listdir(tmp_path)) == ["20"]
+
+
+def test_saving_a_step_that_is_there_changes_nothing(tmp_path):
+    save(tmp_path, 20)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(20, make(21))
+    assert int(restore(tmp_path)[0].step) == 20
+
+
+def test_another_kind_of_state_is_one_clear_line(tmp_path):
+    save(tmp_path, 20)
+    other = make().replace(params={"w": jnp.zeros((2, 2)), "router": {"proto": jnp.zeros((3, 64))}})
+    with pytest.raises(CheckpointError, match="another state") as error:
+        restore(tmp_path, other)
+    assert "\n" not in str(error.value)
+
+
+FULL_DISK = """
+import logging, resource, signal, sys
+logging.getLogger("absl").setLevel("CRITICAL")
+from pathlib import Path
+from tests.training.test_checkpoint import CheckpointError, Checkpoints, make, save
+folder = Path(sys.argv[1])
+save(folder, 20)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # every larger write fails, as on a full disk
+try:
+    save(folder, 40)
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert "step 40 could not be written" in line and "File too large" in line and "step 20 is intact" in line and "Free some space" in line
+    chex.assert_trees_all_equal(restore(tmp_path)[0], make(20))
+    save(tmp_path, 40)
+    assert int(restore(tmp_path)[0].step) == 40

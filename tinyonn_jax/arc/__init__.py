@@ -1,0 +1,1 @@
+"""The task: ARC-AGI sources, their serialisation, augmentation, batches, decoding, voting and submission."""

@@ -1,0 +1,379 @@
+"""Everything a run can be told: frozen dataclasses, validated on construction, and the presets.
+
+A preset (`--preset`) is a size, a data set and a budget; every field of it can be overridden on the command line.
+The docstring below each field is its `--help` line.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Kind = Literal["dense", "dyntrm"]
+RuleName = Literal["none", "backprop", "sars"]
+Preset = Literal["smoke", "demo", "laptop", "arc1", "arc2"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message is one line that names the field and the remedy."""
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network: what is computed."""
+
+    kind: Kind = "dyntrm"
+    """dense: multi-head attention and an MLP; dyntrm: routed heads (DynSIHA+) and routed experts (DynMoE)."""
+    dim: int = 128
+    """Model width D, in channels."""
+    heads: int = 4
+    """Attention heads (dense), or physical key/value groups G (dyntrm)."""
+    head_dim: int = 32
+    """Size C of one attention head, in channels; even, at least 6 (three rotary axes)."""
+    latent_heads: int = 16
+    """Latent heads H in the library, over all groups (dyntrm); a multiple of --model.heads."""
+    active_heads: int = 1
+    """Latent heads each token uses per group (dyntrm)."""
+    hidden: int = 384
+    """Hidden width of the MLP (dense), in channels."""
+    experts: int = 8
+    """Experts E in the library (dyntrm)."""
+    active_experts: int = 2
+    """Experts each token uses, K: exactly (top_k) or at most (relu, hard, threshold)."""
+    expert_hidden: int = 192
+    """Hidden width F of one expert, in channels."""
+    shared_experts: int = 0
+    """Experts that every token uses besides the routed ones (dyntrm)."""
+    gated: bool = True
+    """Gated (SwiGLU) MLPs and experts instead of plain silu."""
+    match: Literal["cosine", "dot"] = "cosine"
+    """How tokens are matched with prototypes: cosine similarity, or dot product over the square root of D."""
+    cost: Literal["bias", "bias_drln", "linear", "threshold"] = "bias"
+    """A module's price, taken off the match: a bias, a normalised bias, a regression on the token, or a sigmoid."""
+    select: Literal["top_k", "relu", "hard", "threshold"] = "top_k"
+    """Which modules a token uses: the k best, or those whose logit is above zero."""
+    weight: Literal["softmax", "relu", "hard"] = "softmax"
+    """Weights of selected modules under top_k: softmax over their logits, their positive part, or one."""
+    depth: int = 4
+    """Recursions R of the one block (recursed), or number of blocks L (stacked)."""
+    recursed: bool = True
+    """One block applied `depth` times; false: `depth` blocks with parameters of their own."""
+    inject: bool = True
+    """Add the embedded input again at every recursion."""
+    deep_supervision: float = 0.0
+    """Weight of the loss at earlier recursions against the last; 0 trains the last one alone."""
+    remat: bool = False
+    """Recompute a block in the backward pass instead of storing it: less memory, about a third more time."""
+    task_embedding: bool = True
+    """Add a learned embedding of the task to every token (data.format pair); false works on unseen tasks."""
+    rope_base: float = 100.0
+    """Longest wavelength of the rotary positions, in cells over two pi."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations; parameters, norms, softmax and signals stay float32."""
+
+    def __post_init__(self):
+        for name in ("dim", "heads", "head_dim", "hidden", "experts", "active_experts", "expert_hidden", "depth"):
+            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.head_dim % 2 == 0 and self.head_dim >= 6, f"model.head_dim must be even and at least 6, got {self.head_dim}")
+        _require(self.shared_experts >= 0, f"model.shared_experts must not be negative, got {self.shared_experts}")
+        _require(0.0 <= self.deep_supervision <= 1.0, f"model.deep_supervision must lie in [0, 1], got {self.deep_supervision}")
+        if self.kind == "dyntrm":
+            _require(
+                self.latent_heads % self.heads == 0,
+                f"model.latent_heads ({self.latent_heads}) must be a multiple of model.heads ({self.heads})",
+            )
+            _require(
+                1 <= self.active_heads <= self.latent_heads // self.heads,
+                f"model.active_heads ({self.active_heads}) must lie between 1 and latent_heads / heads ({self.latent_heads // self.heads})",
+            )
+            _require(
+                self.active_experts <= self.experts,
+                f"model.active_experts ({self.active_experts}) must not exceed model.experts ({self.experts})",
+            )
+
+
+@dataclass(frozen=True)
+class LearningConfig:
+    """The learning rule of the routers."""
+
+    rule: RuleName = "sars"
+    """none: routers stay as initialised; backprop: from the main loss; sars: from surprise."""
+    granularity: Literal["module", "token"] = "module"
+    """sars: surprise measured per module over the batch, or per token."""
+    prior_sign: Literal["bayes", "reinforce"] = "bayes"
+    """sars: prior = logits minus goodness (bayes, the derivation) or plus goodness (reinforce)."""
+    goodness_gate: bool = False
+    """sars: apply a module's main gradient only where its mean goodness is positive."""
+    balance: float = 0.0
+    """backprop: weight of the load-balance loss; 0 turns it off."""
+    pi_alpha: float = 0.1
+    """Predictive integrity PI = exp(-alpha (loss / tau + gamma surprise)): alpha."""
+    pi_gamma: float = 1.0
+    """Predictive integrity: gamma, the weight of surprise."""
+
+    def __post_init__(self):
+        _require(self.balance >= 0, f"learning.balance must not be negative, got {self.balance}")
+        _require(self.pi_alpha > 0 and self.pi_gamma >= 0, "learning.pi_alpha must be positive and learning.pi_gamma not negative")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Two optimizers: main (modules) and meta (routers)."""
+
+    matrices: Literal["muon", "adamw"] = "muon"
+    """Optimizer of main matrices; everything else in the main group uses AdamW."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon."""
+    lr: float = 3e-3
+    """Peak learning rate of AdamW in the main group."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of main matrices."""
+    clip: float = 1.0
+    """Largest global gradient norm of the main group; 0 turns clipping off."""
+    meta_lr: float = 3e-3
+    """Peak learning rate of the routers (AdamW)."""
+    meta_clip: float = 1.0
+    """Largest global gradient norm of the meta group; 0 turns clipping off."""
+    warmup: float = 0.02
+    """Share of the steps with rising learning rate."""
+    decay_from: float = 0.5
+    """Share of the steps after which the learning rate falls linearly to zero."""
+    ema: float = 0.995
+    """Decay of the moving average of the parameters, which is what gets evaluated."""
+    max_skipped: int = 20
+    """Consecutive steps with a non-finite loss or gradient after which the run stops."""
+
+    def __post_init__(self):
+        _require(
+            0 <= self.warmup <= self.decay_from <= 1,
+            f"optim.warmup ({self.warmup}) and optim.decay_from ({self.decay_from}) must satisfy 0 <= warmup <= decay_from <= 1",
+        )
+        _require(0 <= self.ema < 1, f"optim.ema must lie in [0, 1), got {self.ema}")
+        for name in ("muon_lr", "lr", "meta_lr", "clip", "meta_clip", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
+        _require(self.max_skipped >= 1, f"optim.max_skipped must be at least 1, got {self.max_skipped}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The tasks: what is learned from and what is scored."""
+
+    train: tuple[str, ...] = ("arc1",)
+    """Training sources: arc1, arc2 (their training splits), arc1/evaluation, a folder of task files, or a Kaggle *_challenges.json."""
+    eval: str = "arc1/training"
+    """Scored source: arc1, arc2 (their evaluation splits), arc1/training, a folder, or a Kaggle *_challenges.json."""
+    max_grid: int = 0
+    """Keep only tasks whose every grid is at most this many cells high and wide; 0 keeps all."""
+    smallest: int = 0
+    """Keep only this many tasks per source, those with the fewest tokens; 0 keeps all."""
+    format: Literal["pair", "context"] = "pair"
+    """pair: one pair a sequence, with a task embedding; context: all demonstrations, then the test input."""
+    holdout: bool = False
+    """Hold out one demonstration of every task that has at least three, and validate on those."""
+    augment: bool = True
+    """Train under random dihedral transforms and colour permutations."""
+    permute_zero: bool = False
+    """Let colour permutations move colour 0 as well."""
+    buckets: tuple[int, ...] = (16, 24, 32, 48, 64, 96, 128, 192, 256)
+    """Sequence lengths that are compiled, in tokens, rising."""
+    tokens_per_batch: int = 2048
+    """Padded tokens in one batch; must be at least the longest bucket."""
+    drop_overlap: bool = False
+    """Leave out training tasks and pairs that are also scored, instead of refusing to start."""
+    skip_invalid: bool = False
+    """Train on the valid tasks and report how many were skipped, instead of refusing to start."""
+
+    def __post_init__(self):
+        _require(len(self.train) > 0, "data.train must name at least one source")
+        _require(
+            len(self.buckets) > 0 and all(a < b for a, b in zip(self.buckets, self.buckets[1:], strict=False)) and self.buckets[0] > 0,
+            f"data.buckets must be positive and rising, got {self.buckets}",
+        )
+        _require(
+            self.tokens_per_batch >= self.buckets[-1],
+            f"data.tokens_per_batch ({self.tokens_per_batch}) must be at least the longest of data.buckets ({self.buckets[-1]})",
+        )
+        _require(0 <= self.max_grid <= 30, f"data.max_grid must lie between 0 and 30, got {self.max_grid}")
+        _require(self.smallest >= 0, f"data.smallest must not be negative, got {self.smallest}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The budget of a run and what it writes."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    seed: int = 0
+    """The one random seed: parameters, order of the data and augmentation follow from it."""
+    log_every: int = 20
+    """Steps between lines in metrics.jsonl."""
+    validate_every: int = 0
+    """Steps between validations on held-out demonstrations (data.holdout); 0 validates at the end only."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints that are kept, besides the best."""
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "checkpoint_every", "keep"):
+            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.validate_every >= 0, f"train.validate_every must not be negative, got {self.validate_every}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How a trained model is scored."""
+
+    augmentations: int = 16
+    """Views of each test input that vote; the first is always the input itself."""
+    decode: Literal["greedy", "search"] = "greedy"
+    """greedy: one completion a view; search: every completion above eval.min_probability."""
+    min_probability: float = 0.1
+    """search: completions at least this probable are found and vote."""
+    batch: int = 64
+    """Sequences decoded side by side."""
+    entropy_stop: float = 0.0
+    """Stop recursing once a sequence's mean output entropy is below this, in nats; 0 uses every recursion."""
+    blank_task: bool = False
+    """Replace the task embedding by zero, to measure how much the score leans on it."""
+
+    def __post_init__(self):
+        _require(self.augmentations >= 1, f"eval.augmentations must be at least 1, got {self.augmentations}")
+        _require(0 < self.min_probability <= 1, f"eval.min_probability must lie in (0, 1], got {self.min_probability}")
+        _require(self.batch >= 1, f"eval.batch must be at least 1, got {self.batch}")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are arranged."""
+
+    data: int = 0
+    """Devices along which the batch is split; 0 takes all that remain."""
+    fsdp: int = 1
+    """Devices along which batch and parameters are split."""
+
+    def __post_init__(self):
+        _require(self.data >= 0 and self.fsdp >= 1, "mesh.data must not be negative and mesh.fsdp at least 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    learning: LearningConfig = field(default_factory=LearningConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        _require(
+            not (self.model.task_embedding and self.data.format == "context"),
+            "model.task_embedding must be false with data.format context: the demonstrations take its place",
+        )
+        _require(
+            self.learning.rule != "backprop" or self.model.kind == "dense" or self.model.select == "relu"
+            or self.model.weight != "hard",
+            "learning.rule backprop needs weights with a gradient: set model.weight to softmax or relu",
+        )
+        _require(
+            self.eval.entropy_stop == 0 or self.model.recursed,
+            "eval.entropy_stop needs model.recursed: stacked blocks have no early answer",
+        )
+
+
+# Fields that a resumed or evaluated run may change: they do not alter what is trained.
+FREE_FIELDS = ("mesh", "eval")
+
+
+def to_json(config: Config) -> str:
+    """The whole configuration as indented JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The configuration that `to_json` wrote.
+
+    Raises:
+        ConfigError: not JSON, or a field that this version does not know.
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not JSON ({error})") from None
+    _require(isinstance(data, dict), "must hold one JSON object")
+    parts: dict[str, Any] = {}
+    known = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    for name, values in data.items():
+        _require(name in known and isinstance(values, dict), f"unknown section {name!r}")
+        default = known[name]()  # pyright: ignore[reportCallIssue]
+        fields = {f.name for f in dataclasses.fields(default)}
+        for key in values:
+            _require(key in fields, f"unknown field {name}.{key}; it was written by another version")
+        parts[name] = type(default)(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return Config(**parts)
+
+
+def differences(a: Config, b: Config, ignore: tuple[str, ...] = FREE_FIELDS) -> list[str]:
+    """The fields in which two configurations differ, as lines `section.field: a -> b`; sections in `ignore` are passed over."""
+    lines = []
+    for section, values in dataclasses.asdict(a).items():
+        other = dataclasses.asdict(b)[section]
+        lines += [f"{section}.{k}: {v} -> {other[k]}" for k, v in values.items() if section not in ignore and v != other[k]]
+    return lines
+
+
+_LONG_BUCKETS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1408, 1920)
+_LARGE_MODEL = ModelConfig(
+    dim=768, heads=12, head_dim=64, latent_heads=48, hidden=3072, experts=16, expert_hidden=1536, depth=8, remat=True, dtype="bfloat16"
+)
+_LARGE_OPTIM = OptimConfig(muon_lr=1.66e-3, lr=3e-4, meta_lr=3e-4, decay_from=0.8, ema=0.999)
+_LARGE_TRAIN = TrainConfig(steps=200_000, log_every=100, checkpoint_every=2000)
+
+PRESETS: dict[str, tuple[str, Config]] = {
+    "smoke": (
+        "six tiny tasks, 200 steps, seconds: does everything run?",
+        Config(
+            model=ModelConfig(dim=32, heads=2, head_dim=16, latent_heads=4, hidden=48, experts=4, expert_hidden=24, depth=2),
+            data=DataConfig(max_grid=4, smallest=6, buckets=(16, 32, 48), tokens_per_batch=256),
+            train=TrainConfig(steps=200, log_every=10, checkpoint_every=20),
+            eval=EvalConfig(augmentations=4),
+        ),
+    ),
+    "demo": (
+        "the 30 smallest ARC-AGI-1 training tasks; about five minutes on two CPU cores",
+        Config(data=DataConfig(smallest=30), train=TrainConfig(steps=2200, validate_every=500)),
+    ),
+    "laptop": (
+        "the 178 ARC-AGI-1 training tasks with grids up to 10 x 10; about twenty minutes on two CPU cores",
+        Config(data=DataConfig(max_grid=10), train=TrainConfig(steps=8800, validate_every=2000)),
+    ),
+    "arc1": (
+        "ARC-AGI-1, scored on its 400 evaluation tasks; one large GPU, bfloat16",
+        Config(
+            model=_LARGE_MODEL,
+            optim=_LARGE_OPTIM,
+            data=DataConfig(train=("arc1", "arc2"), eval="arc1", buckets=_LONG_BUCKETS, tokens_per_batch=16_384, drop_overlap=True),
+            train=_LARGE_TRAIN,
+            eval=EvalConfig(augmentations=300, batch=512),
+        ),
+    ),
+    "arc2": (
+        "ARC-AGI-2, scored on its 120 evaluation tasks; one large GPU, bfloat16",
+        Config(
+            model=_LARGE_MODEL,
+            optim=_LARGE_OPTIM,
+            data=DataConfig(train=("arc1", "arc2"), eval="arc2", buckets=_LONG_BUCKETS, tokens_per_batch=16_384, drop_overlap=True),
+            train=_LARGE_TRAIN,
+            eval=EvalConfig(augmentations=300, batch=512),
+        ),
+    ),
+}
+assert set(PRESETS) == set(get_args(Preset))

@@ -1,0 +1,119 @@
+"""The attention maths: who sees whom, grouped heads, rotary positions, the key/value cache; and plain multi-head attention.
+
+Letters: B batch, T queries, S keys, D model, G key/value groups, Q query heads (a multiple of G), C head size.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tinyonn_jax.layers.base import Param, fan_in, rotary, rotation
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys (rotated) and values of the tokens seen so far, `[B, S, G, C]` each."""
+
+    keys: Array
+    values: Array
+
+
+@flax.struct.dataclass
+class Context:
+    """Where the T tokens of a call stand, made once by `context` for all layers.
+
+    `turn` rotary cosines and sines `[B,T,1,C/2]`; `start [B]` slot of the first token among all keys; `prefix [B]` slots that
+    every token sees (0: purely causal).
+    """
+
+    turn: tuple[Array, Array]
+    start: Int[Array, " B"]
+    prefix: Int[Array, " B"]
+
+
+def context(
+    positions: Int[Array, "B T A"],
+    head_dim: int,
+    start: Int[Array, " B"] | None = None,
+    prefix: Int[Array, " B"] | None = None,
+    base: float = 100.0,
+) -> Context:
+    """The context of tokens at `positions`, from the start and purely causal unless told."""
+    zero = jnp.zeros(positions.shape[0], jnp.int32)
+    return Context(rotation(positions, head_dim, base), zero if start is None else start, zero if prefix is None else prefix)
+
+
+def in_order(batch: int, length: int, head_dim: int) -> Context:
+    """Text-like: positions 0…T-1, every token sees itself and those before it."""
+    return context(jnp.broadcast_to(jnp.arange(length)[:, None], (batch, length, 1)), head_dim)
+
+
+def mask(where: Context, keys: int) -> Bool[Array, "B 1 T S"]:
+    """Token t sees slot s when s is not after t's own slot, or lies in the prefix."""
+    own = where.start[:, None] + jnp.arange(where.turn[0].shape[1])  # [B,T]
+    slot = jnp.arange(keys)
+    return ((slot <= own[..., None]) | (slot < where.prefix[:, None, None]))[:, None]
+
+
+def attend(
+    q: Float[Array, "B T Q C"],
+    k: Float[Array, "B T G C"],
+    v: Float[Array, "B T G C"],
+    where: Context,
+    cache: Cache | None = None,
+) -> tuple[Float[Array, "B T Q C"], Cache | None]:
+    """Softmax attention of queries over rotated keys; query head i reads group i // (Q / G).
+
+    With a cache the T keys and values are written at slots start…start+T-1 first, and attention runs over the whole cache.
+    """
+    q, k = rotary(q, where.turn), rotary(k, where.turn)
+    if cache is not None:
+        write = jax.vmap(lambda into, new, at: jax.lax.dynamic_update_slice_in_dim(into, new, at, 0))
+        cache = Cache(write(cache.keys, k, where.start), write(cache.values, v, where.start))
+        k, v = cache.keys, cache.values
+    seen = mask(where, k.shape[1])
+    fused = lambda q, k, v, seen: jax.nn.dot_product_attention(q, k, v, mask=seen)  # noqa: E731
+    return jax.lax.platform_dependent(q, k, v, seen, cpu=_heads_first, default=fused), cache
+
+
+def _heads_first(q, k, v, seen):
+    """The same sum on CPU, about a third faster than the general routine: heads before positions makes plain batched matmuls."""
+    b, t, heads, c = q.shape
+    groups = k.shape[2]
+    q = q.reshape(b, t, groups, -1, c).transpose(0, 2, 3, 1, 4).reshape(b, groups, -1, c)  # a group's heads, one after the other
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    scores = jnp.einsum("bgqc,bgsc->bgqs", q, k, preferred_element_type=jnp.float32) * c**-0.5
+    scores = scores.reshape(b, groups, heads // groups, t, -1)
+    weights = jax.nn.softmax(jnp.where(seen[:, :, None], scores, jnp.finfo(jnp.float32).min), -1)
+    o = jnp.einsum("bgqs,bgsc->bgqc", weights.reshape(b, groups, -1, k.shape[2]).astype(v.dtype), v)
+    return o.reshape(b, groups, heads // groups, t, c).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, c)
+
+
+@flax.struct.dataclass
+class Params:
+    """Multi-head attention: `w_q, w_k, w_v [D, G·C]`, `w_o [G·C, D]`."""
+
+    w_q: Any
+    w_k: Any
+    w_v: Any
+    w_o: Any
+
+
+def spec(dim: int, heads: int, head_dim: int) -> Params:
+    """Normal, variance 1 / fan-in."""
+    into = Param((dim, heads * head_dim), ("embed", "heads"), fan_in())
+    return Params(into, into, into, Param((heads * head_dim, dim), ("heads", "embed"), fan_in()))
+
+
+def apply(
+    params: Params, x: Float[Array, "B T D"], head_dim: int, where: Context, cache: Cache | None = None
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """Plain multi-head attention (Vaswani et al., 2017)."""
+    b, t, d = x.shape
+    tokens = x.reshape(-1, d)  # flat, so that weight gradients are plain matmuls
+    q, k, v = ((tokens @ w.astype(x.dtype)).reshape(b, t, -1, head_dim) for w in (params.w_q, params.w_k, params.w_v))
+    o, cache = attend(q, k, v, where, cache)
+    return (o.reshape(b * t, -1) @ params.w_o.astype(x.dtype)).reshape(b, t, d), cache

@@ -1,0 +1,107 @@
+"""Parameters declared once, and the small maths every layer shares: dense, norms, rotary positions.
+
+A layer's `spec(cfg)` returns its params struct filled with `Param(shape, axes, init)`; `init` and the sharding tree both
+derive from it by tree map. Letters: N tokens, D model, C head size, T positions.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Initializer = Callable[[Array, tuple[int, ...]], Array]
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter before it exists.
+
+    `axes` names each dimension logically ("embed", "hidden", "experts", …; None for one that is never split);
+    `init(key, shape)` makes the float32 array.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Initializer
+
+    def __post_init__(self):
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"shape {self.shape} and axes {self.axes} differ in length")
+
+
+def is_param(x: Any) -> bool:
+    """Whether x is a `Param`: the leaf test for tree maps over specs."""
+    return isinstance(x, Param)
+
+
+def normal(scale: float) -> Initializer:
+    """Normal with standard deviation `scale`."""
+    return lambda key, shape: scale * jax.random.normal(key, shape, jnp.float32)
+
+
+def fan_in(axis: int = -2) -> Initializer:
+    """Normal with variance 1 / size of `axis`, the contracted one."""
+    return lambda key, shape: jax.random.normal(key, shape, jnp.float32) * shape[axis] ** -0.5
+
+
+def zeros(key: Array, shape: tuple[int, ...]) -> Array:
+    """All zero."""
+    return jnp.zeros(shape, jnp.float32)
+
+
+def ones(key: Array, shape: tuple[int, ...]) -> Array:
+    """All one."""
+    return jnp.ones(shape, jnp.float32)
+
+
+def init(key: Array, spec: Any) -> Any:
+    """Arrays for every `Param` of `spec`. Each leaf's key depends on its path alone, so adding a layer leaves the others as they were."""
+
+    def make(path, p):
+        leaf_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()) & 0x7FFFFFFF)
+        return p.init(leaf_key, p.shape)
+
+    return jax.tree_util.tree_map_with_path(make, spec, is_leaf=is_param)
+
+
+def stack(spec: Any, layers: int) -> Any:
+    """The spec of `layers` copies with parameters of their own, stacked along a new leading axis."""
+
+    def lead(p: Param) -> Param:
+        return Param(
+            (layers, *p.shape),
+            ("layers", *p.axes),
+            lambda key, shape: jax.vmap(lambda k: p.init(k, shape[1:]))(jax.random.split(key, shape[0])),
+        )
+
+    return jax.tree.map(lead, spec, is_leaf=is_param)
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float = 1e-6) -> Float[Array, "*B D"]:
+    """x / rms(x) · scale over the last axis, in float32 whatever the type of x (Zhang and Sennrich, 2019)."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps) * scale).astype(x.dtype)
+
+
+def rotation(positions: Int[Array, "B T A"], size: int, base: float = 100.0) -> tuple[Array, Array]:
+    """Cosines and sines `[B,T,1,C/2]` that rotate heads of `size` C by A-dimensional positions (Su et al., 2021).
+
+    A = 1 for text, 3 for grids as (x, y, grid index). The C/2 frequency pairs are dealt out to the axes in turn, so every axis
+    gets short wavelengths (2π) and long ones (up to 2π·base).
+    """
+    pairs, axes = size // 2, positions.shape[-1]
+    axis = jnp.arange(pairs) % axes
+    frequency = base ** (-(jnp.arange(pairs) // axes) / -(-pairs // axes))
+    angle = (positions.astype(jnp.float32)[..., axis] * frequency)[:, :, None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotary(x: Float[Array, "B T H C"], turn: tuple[Array, Array]) -> Float[Array, "B T H C"]:
+    """x turned by `rotation`: afterwards a query and a key meet by the difference of their positions alone, axis by axis."""
+    cos, sin = turn
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x.dtype)

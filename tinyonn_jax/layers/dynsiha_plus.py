@@ -1,0 +1,100 @@
+"""DynSIHA+: every token composes its attention from a library of latent heads.
+
+    logits = match(x, proto) − cost;  for each of G groups, k of its P = H/G latent heads are selected
+    q of a selected head = x·w_q[h];  keys and values per group;  y_n = Σ_slots weight · (attention of the slot)·w_o[h]
+
+The selected queries form ordinary grouped attention, `[B,T,G·k,C]` against `[B,T,G,C]`, so the cost grows with G·k, not with H.
+With P = 1, k = 1 and hard weight this is multi-head attention, exactly; with G = 1 it is the seed's top-k over all heads.
+
+Letters: B batch, T positions, N = B·T tokens, D model, H latent heads, G groups, K = G·k slots, C head size.
+Source: seed 1 §2.1.
+"""
+
+from dataclasses import dataclass
+
+import flax.struct
+from jaxtyping import Array, Bool, Float
+
+from tinyonn_jax.layers import attention, grouped, routing
+from tinyonn_jax.layers import tap as taps
+from tinyonn_jax.layers.base import Param, fan_in
+from tinyonn_jax.layers.experts import grouped_tap
+
+
+@dataclass(frozen=True)
+class Config:
+    """Width D, head size C, and the router: its modules are the H latent heads, its groups the G key/value groups."""
+
+    dim: int
+    head_dim: int
+    router: routing.RouterConfig
+
+
+@flax.struct.dataclass
+class Heads:
+    """The library of latent heads: `w_q [H,D,C]`, `w_o [H,C,D]`."""
+
+    w_q: Array
+    w_o: Array
+
+
+@flax.struct.dataclass
+class Params:
+    """Router (seed: proto_attn, gate_attn), latent heads, and per group `w_k, w_v [D,G·C]`, which every token uses."""
+
+    router: routing.Router
+    modules: Heads
+    w_k: Array
+    w_v: Array
+
+
+def spec(cfg: Config) -> Params:
+    """The parameters of a DynSIHA+ layer, as `Param`s. w_o is scaled for a sum over G heads, as in multi-head attention."""
+    heads, groups = cfg.router.modules, cfg.router.groups
+    shared = Param((cfg.dim, groups * cfg.head_dim), ("embed", "heads"), fan_in())
+
+    def out(key, shape):
+        return fan_in()(key, shape) * groups**-0.5
+
+    return Params(
+        router=routing.spec(cfg.dim, cfg.router),
+        modules=Heads(
+            w_q=Param((heads, cfg.dim, cfg.head_dim), ("experts", "embed", None), fan_in()),
+            w_o=Param((heads, cfg.head_dim, cfg.dim), ("experts", None, "embed"), out),
+        ),
+        w_k=shared,
+        w_v=shared,
+    )
+
+
+def apply(
+    params: Params,
+    x: Float[Array, "B T D"],
+    cfg: Config,
+    *,
+    where: attention.Context | None = None,
+    valid: Bool[Array, "B T"] | None = None,
+    cache: attention.Cache | None = None,
+    tap: taps.Tap | None = None,
+) -> tuple[Float[Array, "B T D"], routing.Routing, attention.Cache | None]:
+    """The layer on x: output, routing, and the cache with this call's keys and values (None without a cache).
+
+    `where` says who sees whom and where tokens stand; by default causal, in order. Tokens where `valid` is false are not routed.
+    """
+    b, t, _ = x.shape
+    where = attention.in_order(b, t, cfg.head_dim) if where is None else where
+    tokens = x.reshape(-1, cfg.dim)
+    chosen = routing.route(params.router, tokens, cfg.router, None if valid is None else valid.reshape(-1))
+
+    plan = grouped.plan(chosen.index, chosen.active, cfg.router.modules)
+    row_tap = grouped_tap(tap, plan)
+    rows = grouped.matmul(grouped.dispatch(tokens, plan), params.modules.w_q.astype(x.dtype), plan.sizes, row_tap)
+    q = grouped.permute(rows, plan.inverse, plan.order).reshape(b, t, -1, cfg.head_dim)  # [B,T,K,C]
+    k, v = ((tokens @ w.astype(x.dtype)).reshape(b, t, -1, cfg.head_dim) for w in (params.w_k, params.w_v))
+    o, cache = attention.attend(q, k, v, where, cache)
+
+    rows = grouped.permute(o.reshape(-1, cfg.head_dim), plan.order, plan.inverse)
+    rows = grouped.matmul(rows, params.modules.w_o.astype(x.dtype), plan.sizes, row_tap)
+    heads = grouped.permute(rows, plan.inverse, plan.order).reshape(*chosen.index.shape, cfg.dim)  # [N,K,D]
+    y = taps.combine(heads, chosen.weight, tap)
+    return y.reshape(x.shape), chosen, cache

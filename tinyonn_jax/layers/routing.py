@@ -1,0 +1,169 @@
+"""Routing: match, cost, select. A token is matched with every module's prototype, the module's cost is taken off, and the
+logits decide which modules the token uses and with what weight. Every dynamic layer routes through this file.
+
+Letters: N tokens, D model, M modules, K slots per token, G groups of modules that compete among themselves.
+Source: seed 0 (proposer-builder, DRLN), seed 1 (CAPR, top-k), seed 2 (top-any), seed 4 (hard gating, isolation).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from tinyonn_jax.layers.base import Param, normal, zeros
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How one router decides.
+
+    `modules` M; `groups` G: the modules fall into G equal runs, and selection happens within each;
+    `slots`: modules per token and group, exactly (top_k) or at most (relu, hard, threshold; M/G when 0);
+    `isolate`: the main loss teaches modules only, never the router (seed 4).
+    """
+
+    modules: int
+    slots: int
+    groups: int = 1
+    match: Literal["cosine", "dot"] = "cosine"
+    cost: Literal["bias", "bias_drln", "linear", "threshold"] = "bias"
+    select: Literal["top_k", "relu", "hard", "threshold"] = "top_k"
+    weight: Literal["softmax", "relu", "hard"] = "softmax"
+    fallback: int = 1
+    isolate: bool = True
+
+    @property
+    def per_group(self) -> int:
+        """Modules in one group, M / G."""
+        return self.modules // self.groups
+
+    @property
+    def slots_per_group(self) -> int:
+        """Slots in one group; the K of `Routing` is G times this."""
+        return self.slots or self.per_group
+
+
+@flax.struct.dataclass
+class Router:
+    """Router parameters: prototypes `proto [M, D]`, cost `gate [M]`, or `[M, D]` with cost linear."""
+
+    proto: Array
+    gate: Array
+
+
+@flax.struct.dataclass
+class Routing:
+    """What a router decided for N tokens, as data apart from the modules.
+
+    Slots are ordered by group, then by falling logit. `active` marks the slots in use: selections with a variable number of
+    modules leave some slots idle, with weight 0, and tokens that are not `valid` (padding) leave all of them idle. `unrouted`
+    marks the valid tokens that had no module above zero (in some group) where the selection asks for one. `config` says how the decision was made, so that a learning rule can make the logits again from `input`.
+    """
+
+    logits: Float[Array, "*R N M"]
+    index: Int[Array, "*R N K"]
+    weight: Float[Array, "*R N K"]
+    active: Bool[Array, "*R N K"]
+    input: Float[Array, "*R N D"]
+    valid: Bool[Array, "*R N"]
+    unrouted: Bool[Array, "*R N"]
+    config: RouterConfig = flax.struct.field(pytree_node=False)
+
+
+def spec(dim: int, cfg: RouterConfig) -> Router:
+    """Prototypes from N(0, 0.02²), gates zero."""
+    gate = ((cfg.modules, dim), ("modules", "embed")) if cfg.cost == "linear" else ((cfg.modules,), ("modules",))
+    return Router(proto=Param((cfg.modules, dim), ("modules", "embed"), normal(0.02)), gate=Param(*gate, zeros))
+
+
+def drln(v: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
+    """Dynamic relative linear normalisation, v / max|v| along `axis` (seed 0): linear, in [-1, 1], keeps ratios.
+
+    The maximum carries no gradient; an all-zero input gives zero, with gradient 1.
+    """
+    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(v), axis, keepdims=True))
+    return v / jnp.where(peak > 0, peak, 1.0)
+
+
+def match(x: Float[Array, "N D"], proto: Float[Array, "M D"], cfg: RouterConfig) -> Float[Array, "N M"]:
+    """Cosine similarity x·p / (‖x‖‖p‖), or dot product x·p / √D (seeds 0 and 1)."""
+    if cfg.match == "dot":
+        return x @ proto.T * x.shape[-1] ** -0.5
+    # A zero vector matches nothing: rsqrt(0 + ε²) keeps value and gradient finite.
+    x = x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + EPS**2)
+    return x @ (proto * jax.lax.rsqrt(jnp.sum(proto * proto, -1, keepdims=True) + EPS**2)).T
+
+
+def cost(x: Float[Array, "N D"], gate: Array, cfg: RouterConfig) -> Array:
+    """The price of every module, [M] or [N, M]: g, DRLN(g), the regression x·gᵀ (seed 0), or sigmoid(g) (seed 2)."""
+    match cfg.cost:
+        case "bias":
+            return gate
+        case "bias_drln":
+            return drln(gate)
+        case "linear":
+            return x @ gate.T
+        case "threshold":
+            return jax.nn.sigmoid(gate)
+
+
+def routing_logits(router: Router, x: Float[Array, "N D"], cfg: RouterConfig) -> Float[Array, "N M"]:
+    """logits = match − cost, in float32: the proposer's offer above the builder's price."""
+    x = x.astype(jnp.float32)
+    return match(x, router.proto, cfg) - cost(x, router.gate, cfg)
+
+
+def select(logits: Float[Array, "N M"], cfg: RouterConfig) -> tuple[Array, Array, Array, Array]:
+    """Which modules, with what weight: index, weight, active `[N, K]`, and unrouted `[N]`.
+
+    top_k: the k largest, weighted by softmax over them, by their positive part, or by one. relu: logit > 0, weight = logit.
+    hard: logit > 0, weight 1, no straight-through estimator. threshold: logit > 0, weight = softmax over those; a token with
+    none takes its best `fallback`.
+    """
+    n, k = logits.shape[0], cfg.slots_per_group
+    value, index = jax.lax.top_k(logits.reshape(n, cfg.groups, cfg.per_group), k)  # [N,G,k]
+    above = value > 0
+    none = ~above[..., :1]
+    match cfg.select:
+        case "top_k":
+            active = jnp.ones_like(above)
+        case "relu" | "hard":
+            active = above
+        case "threshold":
+            active = above | (none & (jnp.arange(k) < cfg.fallback))
+    match cfg.weight if cfg.select == "top_k" else {"relu": "relu", "hard": "hard", "threshold": "softmax"}[cfg.select]:
+        case "softmax":
+            weight = jax.nn.softmax(jnp.where(active, value, -jnp.inf), -1)
+        case "relu":
+            weight = jax.nn.relu(value)
+        case _:
+            weight = active.astype(jnp.float32)
+    index = index + cfg.per_group * jnp.arange(cfg.groups)[:, None]
+    unrouted = jnp.any(none, (1, 2)) if cfg.select != "top_k" else jnp.zeros((n,), bool)
+    return index.reshape(n, -1), weight.reshape(n, -1), active.reshape(n, -1), unrouted
+
+
+def route(
+    router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: Bool[Array, " N"] | None = None
+) -> Routing:
+    """Match, cost, select. With `cfg.isolate` the decision is cut from the main loss, towards the router and towards x."""
+    valid = jnp.ones(x.shape[0], bool) if valid is None else valid
+    detached = jax.lax.stop_gradient(x)
+    logits = jax.lax.stop_gradient(routing_logits(router, detached, cfg)) if cfg.isolate else routing_logits(router, x, cfg)
+    # Named, so that a rematerialised block keeps the decision instead of making it again.
+    index, weight, active, unrouted = checkpoint_name(select(logits, cfg), "routing")
+    active = active & valid[:, None]
+    return Routing(logits, index, jnp.where(active, weight, 0), active, detached, valid, unrouted & valid, cfg)
+
+
+def per_module(values: Float[Array, "N K"], routing: Routing) -> Float[Array, "N M"]:
+    """Slot values laid out by module, zero where a token does not use the module. A one-hot sum: it shards where a scatter would not."""
+    modules = jnp.arange(routing.logits.shape[-1])
+    hit = (routing.index[..., None] == modules) & routing.active[..., None]
+    return jnp.sum(jnp.where(hit, values[..., None], 0), -2)

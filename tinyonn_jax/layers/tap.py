@@ -1,0 +1,70 @@
+"""Taps: zeros handed to a layer whose gradients are statistics of the gradients flowing past.
+
+A tap changes nothing in the forward pass, and main gradients do not know of it; its backward rule returns squared norms, so
+that one `jax.grad` over (parameters, taps) gives the main gradients and every surprise signal. Squared norms, in float32, so
+that a tap shared by several matrices adds up. The statistics are not linear in the cotangent: scale the loss by c and they
+scale by c².
+
+Letters: N tokens, K slots, M modules, D model. Source: seed 1 (section 3), seed 3; per-token norms after Goodfellow (2015).
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tinyonn_jax.layers.routing import Routing
+
+
+@flax.struct.dataclass
+class Tap:
+    """One routed layer's tap: zeros going in, squared norms coming out as its gradient.
+
+    `output [N,K]` (w‖g_n‖)², `attribution [N,K]` ⟨g_n, w f_m(x_n)⟩², `param [N,K]` squared norm of the parameter gradient that one
+    token causes in one module, `module [M]` squared norm of the module's parameter gradient over the whole batch;
+    g_n is dL/dy_n, w the slot's weight.
+    """
+
+    output: Float[Array, "*R N K"]
+    attribution: Float[Array, "*R N K"]
+    param: Float[Array, "*R N K"]
+    module: Float[Array, "*R M"]
+
+
+def zeros(routing: Routing) -> Tap:
+    """The tap that fits a routing (or its `jax.eval_shape`), recursions or layers leading as they do there."""
+    slots, modules = routing.index.shape, routing.logits.shape[:-2] + routing.logits.shape[-1:]
+    return Tap(jnp.zeros(slots), jnp.zeros(slots), jnp.zeros(slots), jnp.zeros(modules))
+
+
+def combine(
+    outputs: Float[Array, "N K D"], weight: Float[Array, "N K"], tap: Tap | None = None
+) -> Float[Array, "N D"]:
+    """y_n = Σ_k weight_nk · outputs_nk, tapped for output gradients and attributions."""
+    if tap is None:
+        return _combine(outputs, weight)
+    return _tapped_combine(outputs, weight, tap.output, tap.attribution)
+
+
+def _combine(outputs, weight):
+    return jnp.einsum("nkd,nk->nd", outputs, weight.astype(outputs.dtype))
+
+
+@jax.custom_vjp
+def _tapped_combine(outputs, weight, output_tap, attribution_tap):
+    return _combine(outputs, weight)
+
+
+def _tapped_combine_fwd(outputs, weight, output_tap, attribution_tap):
+    return _combine(outputs, weight), (outputs, weight)
+
+
+def _tapped_combine_bwd(saved, g):
+    outputs, weight = saved
+    d_outputs = g[:, None, :] * weight[..., None].astype(g.dtype)
+    d_weight = jnp.einsum("nkd,nd->nk", outputs, g, preferred_element_type=jnp.float32)
+    norm = jnp.sum(jnp.square(g.astype(jnp.float32)), -1, keepdims=True)  # [N,1]
+    return d_outputs, d_weight, jnp.square(weight) * norm, jnp.square(weight * d_weight)
+
+
+_tapped_combine.defvjp(_tapped_combine_fwd, _tapped_combine_bwd)

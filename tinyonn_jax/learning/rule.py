@@ -1,0 +1,156 @@
+"""What a learning rule is, and the two rules that need no surprise: `none` and `backprop`.
+
+A rule is a NamedTuple of pure functions, like an optax transformation. It sees the routers of a model, the routings of one
+step and their signals, each a dict from the name of a routed layer (the dotted path of its params) to its part, so a signal
+cannot meet the wrong router. Letters: N tokens, K slots, M modules.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tinyonn_jax.layers.routing import Router, Routing, per_module, routing_logits, select
+from tinyonn_jax.learning.signals import Signals
+
+Routers = dict[str, Router]
+Routings = dict[str, Routing]
+Metrics = dict[str, Any]
+
+
+@flax.struct.dataclass
+class MetaState:
+    """What learning remembers between steps.
+
+    `records`: for each routed layer, the slots its modules have served so far, `[M]` (`[L,M]` with blocks of their own);
+    `accuracy`: moving average of the main accuracy; `rule`: whatever else the rule keeps.
+    """
+
+    records: dict[str, Array]
+    accuracy: Array
+    rule: Any = None
+
+
+class LearningRule(NamedTuple):
+    """init → state; objective → the routers' own loss; adjust → main gradients after protection or gating; update → next state.
+
+    `isolate` says what the model must do: cut routers off the main loss (True), or let it teach them.
+    """
+
+    init: Callable[[Any, Routings], MetaState]
+    objective: Callable[[Routers, Routings, dict[str, Signals], MetaState], tuple[Array, Metrics]]
+    adjust: Callable[[Any, Routings, dict[str, Signals], MetaState], Any]
+    update: Callable[[MetaState, Routings, dict[str, Signals], Metrics], MetaState]
+    isolate: bool = True
+
+
+def layers(params: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Every routed layer of a params tree, by the dotted path to it: the sub-structs that hold a `router`."""
+    if isinstance(params, dict):
+        children = params.items()
+    elif hasattr(params, "__dataclass_fields__"):
+        children = [(name, getattr(params, name)) for name in params.__dataclass_fields__]
+    elif isinstance(params, list | tuple):
+        children = [(str(i), child) for i, child in enumerate(params)]
+    else:
+        return {}
+    children = dict(children)
+    if isinstance(children.get("router"), Router):
+        return {".".join(path): params}
+    return {name: layer for key, child in children.items() for name, layer in layers(child, (*path, str(key))).items()}
+
+
+def routers(params: Any) -> Routers:
+    """The routers of a params tree, by the name of their layer."""
+    return {name: layer.router for name, layer in layers(params).items()}
+
+
+def replace_layer(params: Any, name: str, layer: Any) -> Any:
+    """`params` with the layer of that name replaced."""
+    if not name:
+        return layer
+    head, _, rest = name.partition(".")
+    if isinstance(params, dict):
+        return {**params, head: replace_layer(params[head], rest, layer)}
+    if isinstance(params, list | tuple):
+        children = [replace_layer(c, rest, layer) if i == int(head) else c for i, c in enumerate(params)]
+        return type(params)(*children) if hasattr(params, "_fields") else type(params)(children)
+    return params.replace(**{head: replace_layer(getattr(params, head), rest, layer)})
+
+
+def logits_of(router: Router, routing: Routing) -> Float[Array, "*R N M"]:
+    """The logits again, from the detached input and the router's parameters: the only way a meta loss reaches a router."""
+    one = lambda r, x: routing_logits(r, x, routing.config)  # noqa: E731
+    if router.proto.ndim == 3:  # stacked blocks: a router of their own for each leading index
+        return jax.vmap(one)(router, routing.input)
+    return one(router, routing.input)
+
+
+def mean_over_tokens(values: Float[Array, "*R N"], routing: Routing) -> Array:
+    """The mean over valid tokens, of all recursions or layers."""
+    return jnp.sum(jnp.where(routing.valid, values, 0)) / jnp.maximum(jnp.sum(routing.valid), 1)
+
+
+def initial(params: Any, routings: Routings) -> MetaState:
+    """A state with zero records, for rules that keep nothing else.
+
+    Raises:
+        ValueError: the routings' names are not those of the routed layers in `params`.
+    """
+    found = layers(params)
+    if set(found) != set(routings):
+        raise ValueError(f"routings {sorted(routings)} do not match the routed layers of params {sorted(found)}: name each by its dotted path")
+    records = {name: jnp.zeros(layer.router.proto.shape[:-1], jnp.float32) for name, layer in found.items()}
+    return MetaState(records=records, accuracy=jnp.float32(0))
+
+
+def record(meta: MetaState, routings: Routings, signals: dict[str, Signals], metrics: Metrics, decay: float = 0.99) -> MetaState:
+    """Adds this step's use of every module, and moves the accuracy average towards `metrics["main_acc"]`, if it is there."""
+    records = {}
+    for name, total in meta.records.items():
+        used = jnp.sum(per_module(jnp.ones_like(routings[name].weight), routings[name]), -2)  # [*R,M]
+        records[name] = total + (used if used.ndim == total.ndim else used.sum(0))
+    accuracy = metrics.get("main_acc", meta.accuracy)
+    return meta.replace(records=records, accuracy=decay * meta.accuracy + (1 - decay) * accuracy)
+
+
+def load_balance(weight: Float[Array, "*R N K"], routing: Routing) -> Array:
+    """½ (M Σ load² / (Σ load)² + M Σ imp² / (Σ imp)²): load counts tokens, importance sums weights; 1 when even (seed 3, §7)."""
+
+    def unevenness(total):  # [*R,M]
+        return jnp.mean(total.shape[-1] * jnp.sum(total**2, -1) / jnp.maximum(jnp.sum(total, -1), 1e-6) ** 2)
+
+    load = jax.lax.stop_gradient(jnp.sum(per_module(jnp.ones_like(weight), routing), -2))
+    return 0.5 * (unevenness(load) + unevenness(jnp.sum(per_module(weight, routing), -2)))
+
+
+def _unchanged(grads, routings, signals, meta):
+    return grads
+
+
+def none() -> LearningRule:
+    """Routers stay as initialised."""
+    return LearningRule(initial, lambda *_: (jnp.float32(0), {}), _unchanged, record)
+
+
+def backprop(balance: float = 0.0) -> LearningRule:
+    """Routers learn from the main loss through their weights, as in a conventional mixture of experts.
+
+    `balance` weighs a load-balance loss (0: none).
+    """
+
+    def objective(routers, routings, signals, meta):
+        if not balance:
+            return jnp.float32(0), {}
+        losses = []
+        for name, routing in routings.items():
+            logits = logits_of(routers[name], routing)
+            weight = select(logits.reshape(-1, logits.shape[-1]), routing.config)[1].reshape(routing.weight.shape)
+            losses.append(load_balance(jnp.where(routing.active, weight, 0), routing))
+        mean = sum(losses, jnp.float32(0)) / max(len(losses), 1)
+        return balance * mean, {"loss_balance": mean}
+
+    return LearningRule(initial, objective, _unchanged, record, isolate=False)

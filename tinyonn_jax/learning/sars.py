@@ -1,0 +1,104 @@
+"""SARS, surprise-aware routing shaping: the router's prior is its belief shaped by how well its modules served.
+
+    goodness     = DRLN(importance) · (DRLN(logits) − DRLN(cost))      over the modules that compete; 0 for unused ones
+    prior_logits = logits ∓ sg(goodness)                               from log p(z) ∝ log p(z|x) − log p(x|z)
+    L_meta       = mean over tokens of entropy(softmax(prior_logits))
+
+Importance and cost are surprise: at granularity `module` the norms of the module's output and parameter gradients over the
+batch, at `token` the token's attribution and ghost norm. Letters: N tokens, M modules, G groups of P that compete.
+Source: seed 1 §3, seed 4; MECHANISMS §5.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jax.nn import log_softmax
+from jaxtyping import Array, Float
+
+from tinyonn_jax.layers.routing import Routing, drln, per_module
+from tinyonn_jax.learning.rule import LearningRule, initial, layers, logits_of, mean_over_tokens, record, replace_layer
+from tinyonn_jax.learning.signals import Signals
+
+Granularity = Literal["module", "token"]
+
+
+def _competing(values: Float[Array, "*R M"], routing: Routing) -> Float[Array, "*R G P"]:
+    return values.reshape(*values.shape[:-1], routing.config.groups, -1)
+
+
+def goodness(routing: Routing, signals: Signals, granularity: Granularity) -> Float[Array, "*R N G P"]:
+    """Importance × (belief − cost), each normalised over the modules that compete; 0 for modules not used, carries no gradient.
+
+    A module counts as used if the batch used it (module), or if the token did (token).
+    """
+    if granularity == "module":
+        importance, cost = signals.module_output[..., None, :], signals.module_param[..., None, :]
+        used = jnp.any(per_module(jnp.ones_like(routing.weight), routing) > 0, -2, keepdims=True)
+    else:
+        importance, cost = per_module(signals.attribution, routing), per_module(signals.param, routing)
+        used = per_module(jnp.ones_like(routing.weight), routing) > 0
+    importance, cost, used, belief = (_competing(v, routing) for v in (importance, cost, used, routing.logits))
+    return stop_gradient(jnp.where(used, drln(importance) * (drln(belief) - drln(cost)), 0.0))
+
+
+def entropy(logits: Float[Array, "*R P"]) -> Float[Array, "*R"]:
+    """Entropy of softmax(logits), in nats."""
+    log_p = log_softmax(logits, -1)
+    return -jnp.sum(jnp.exp(log_p) * log_p, -1)
+
+
+def sars(
+    granularity: Granularity = "module",
+    prior_sign: Literal["bayes", "reinforce"] = "bayes",
+    goodness_gate: bool = False,
+) -> LearningRule:
+    """The SARS learning rule.
+
+    `prior_sign`: bayes subtracts goodness, as derived; reinforce adds it, so good modules gain. `goodness_gate`: a module's main
+    gradient is applied only where its mean goodness is positive.
+    """
+    sign = -1.0 if prior_sign == "bayes" else 1.0
+
+    def objective(routers, routings, signals, meta):
+        losses, shares, per_layer = [], [], {}
+        for name, routing in routings.items():
+            good = goodness(routing, signals[name], granularity)
+            logits = _competing(logits_of(routers[name], routing), routing)
+            h = entropy(logits + sign * good)  # [*R,N,G]
+            losses.append(mean_over_tokens(h.mean(-1), routing))
+            shares.append(losses[-1] / jnp.log(max(routing.config.per_group, 2)))
+            good = jnp.broadcast_to(good, logits.shape)
+            by_module = jnp.where(routing.valid[..., None], good.reshape(routing.logits.shape), 0)
+            count = jnp.maximum(jnp.sum(routing.valid), 1)
+            per_layer[name] = {
+                "good_share": mean_over_tokens(jnp.mean(good > 0, (-2, -1)), routing),
+                "bad_share": mean_over_tokens(jnp.mean(good < 0, (-2, -1)), routing),
+                "idle_share": mean_over_tokens(jnp.mean(good == 0, (-2, -1)), routing),
+                "goodness": by_module.reshape(-1, by_module.shape[-1]).sum(0) / count,
+            }
+        count = max(len(losses), 1)
+        return sum(losses, jnp.float32(0)) / count, {
+            "entropy_share": sum(shares, jnp.float32(0)) / count,
+            "layers": per_layer,
+        }
+
+    def adjust(grads, routings, signals, meta):
+        if not goodness_gate:
+            return grads
+        for name, layer in layers(grads).items():
+            good = goodness(routings[name], signals[name], granularity)
+            mean = jnp.where(routings[name].valid[..., None, None], good, 0).sum(-3)  # [*R,G,P]
+            mean = mean.reshape(*mean.shape[:-2], -1)
+            if layer.router.proto.ndim == 2:  # one router for all recursions
+                mean = mean.reshape(-1, mean.shape[-1]).sum(0)
+            grads = replace_layer(grads, name, layer.replace(modules=gate(layer.modules, mean > 0)))
+        return grads
+
+    return LearningRule(initial, objective, adjust, record)
+
+
+def gate(modules: Array, keep: Array) -> Array:
+    """Zeroes the gradients of modules that `keep [M]` (or `[L,M]`) rules out; `modules` is any tree with that leading axis."""
+    return jax.tree.map(lambda g: g * keep.reshape(*keep.shape, *(1,) * (g.ndim - keep.ndim)).astype(g.dtype), modules)

@@ -1,0 +1,86 @@
+"""Surprise: how strongly the task loss pulls on each module's output and parameters.
+
+Reads the gradients of a step's taps into named signals, and summarises routing for a person to watch. For module m used by
+token n in slot k, with y_n = Σ_k w·f_m(x_n) and g_n = dL/dy_n. Letters: N tokens, K slots, M modules; a leading axis of
+recursions or layers where the model has one. Source: seed 1 §3, seed 3; MECHANISMS §4.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tinyonn_jax.layers import tap as taps
+from tinyonn_jax.layers.routing import Routing, per_module
+
+
+@flax.struct.dataclass
+class Signals:
+    """Norms, float32; zero in idle slots (see `Routing.active`) and for modules nobody used.
+
+    Per token and slot `[N,K]`: `output` w‖g_n‖, `attribution` |⟨g_n, w f_m(x_n)⟩|, `param` the norm of the parameter gradient this
+    token causes in this module ("ghost norm"). Per module `[M]`: `module_output` √Σ_n w²‖g_n‖² over its tokens, `module_param` ‖dL/dθ_m‖.
+    """
+
+    output: Float[Array, "*R N K"]
+    attribution: Float[Array, "*R N K"]
+    param: Float[Array, "*R N K"]
+    module_output: Float[Array, "*R M"]
+    module_param: Float[Array, "*R M"]
+
+
+def read(tapped: dict[str, taps.Tap], routings: dict[str, Routing]) -> dict[str, Signals]:
+    """The signals of every routed layer, from the gradients of its tap."""
+    return {
+        name: Signals(
+            output=jnp.sqrt(tap.output),
+            attribution=jnp.sqrt(tap.attribution),
+            param=jnp.sqrt(tap.param),
+            module_output=jnp.sqrt(jnp.sum(per_module(tap.output, routings[name]), -2)),
+            module_param=jnp.sqrt(tap.module),
+        )
+        for name, tap in tapped.items()
+    }
+
+
+def make_taps(routings: Any) -> dict[str, taps.Tap]:
+    """Zero taps that fit the routings (or their `jax.eval_shape`)."""
+    return {name: taps.zeros(routing) for name, routing in routings.items()}
+
+
+def summary(routing: Routing, signals: Signals) -> dict[str, Array]:
+    """What a person watches of one routed layer; shares in [0, 1], over valid tokens and all recursions.
+
+    `load [M]` share of the slots in use that each module serves; `gating_acc` share of (token, group) decisions with several
+    active modules whose top logit is the least surprising of them (by parameter gradient), NaN when no token has several.
+    """
+    cfg = routing.config
+    used = jnp.sum(per_module(jnp.ones_like(routing.weight), routing), -2)  # [*R,M]
+    used = used.reshape(-1, used.shape[-1]).sum(0)
+    total = jnp.maximum(jnp.sum(used), 1)
+    load = used / total
+    valid = jnp.maximum(jnp.sum(routing.valid), 1)
+    active = routing.active.reshape(*routing.active.shape[:-1], cfg.groups, -1)
+    surprise = jnp.where(active, signals.param.reshape(active.shape), jnp.inf)
+    contested = active.sum(-1) > 1
+    right = contested & (jnp.argmin(surprise, -1) == 0)  # slots are sorted by logit
+    slots = jnp.maximum(jnp.sum(routing.active), 1)
+    return {
+        "load": load,
+        "active_share": jnp.sum(routing.active) / (valid * routing.logits.shape[-1]),
+        "usage_entropy": -jnp.sum(load * jnp.log(jnp.maximum(load, 1e-9))) / jnp.log(max(load.size, 2)),
+        "max_load": jnp.max(load) * load.size,
+        "dead_modules": jnp.sum(used == 0),
+        "unrouted": jnp.sum(routing.unrouted) / valid,
+        "gating_acc": jnp.sum(right) / jnp.sum(contested),
+        "surprise_output": jnp.sum(signals.output) / slots,
+        "surprise_param": jnp.sum(signals.param) / slots,
+    }
+
+
+def average(values: list[Array]) -> Array:
+    """The mean of the finite ones of some scalars; NaN if there are none."""
+    stacked = jnp.stack([jnp.asarray(v, jnp.float32) for v in values])
+    finite = jnp.isfinite(stacked)
+    return jnp.sum(jnp.where(finite, stacked, 0)) / jnp.sum(finite)

@@ -1,0 +1,202 @@
+"""The network: embed, apply a block `depth` times, read out. One code path; the kind decides the block's parts.
+
+    x = token + task + dihedral embeddings;  e0 = x
+    each recursion r:  x += e0 (inject, r > 0);  x += attention(norm(x));  x += feedforward(norm(x))
+    logits = norm(x) · head
+
+Recursed (DynTRM): one set of parameters, scanned R times, one Routing per recursion. Stacked: the same scan over parameters
+with a leading axis L. Letters: B batch, T positions, D model, R recursions or layers, V vocabulary. Source: seed 1 §4.
+"""
+
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tinyonn_jax.config import ModelConfig
+from tinyonn_jax.layers import attention, dynmoe, dynsiha_plus, experts
+from tinyonn_jax.layers.base import Param, normal, ones, rms_norm, stack
+from tinyonn_jax.layers.routing import RouterConfig, Routing
+from tinyonn_jax.layers.tap import Tap
+
+VOCAB = 14
+DIHEDRALS = 8
+ATTENTION, FEEDFORWARD = "block.attention", "block.feedforward"
+
+
+@flax.struct.dataclass
+class Block:
+    """One block: pre-norm attention and feed-forward, each with the parts of its kind."""
+
+    norm_attention: Any
+    attention: Any
+    norm_feedforward: Any
+    feedforward: Any
+
+
+@flax.struct.dataclass
+class Params:
+    """`embed [V,D]`, `task [tasks,D]` or None, `dihedral [8,D]`, the block (stacked: leading axis L), `norm [D]`, `head [D,V]`."""
+
+    embed: Any
+    task: Any
+    dihedral: Any
+    block: Block
+    norm: Any
+    head: Any
+
+
+@flax.struct.dataclass
+class Output:
+    """`logits [B,T,V]` float32 of the last recursion; `steps [R,B,T,V]` of all of them, if asked for; a `Routing` per routed layer."""
+
+    logits: Float[Array, "B T V"]
+    steps: Float[Array, "R B T V"] | None
+    routings: dict[str, Routing]
+
+
+def _routers(cfg: ModelConfig, isolate: bool) -> tuple[RouterConfig, RouterConfig]:
+    """The routers of the attention heads and of the experts."""
+    rule = {"match": cfg.match, "cost": cfg.cost, "select": cfg.select, "weight": cfg.weight, "isolate": isolate}
+    return (
+        RouterConfig(cfg.latent_heads, cfg.active_heads, groups=cfg.heads, **rule),
+        RouterConfig(cfg.experts, cfg.active_experts, **rule),
+    )
+
+
+def _attention_config(cfg: ModelConfig, isolate: bool) -> dynsiha_plus.Config:
+    return dynsiha_plus.Config(cfg.dim, cfg.head_dim, _routers(cfg, isolate)[0])
+
+
+def _feedforward_config(cfg: ModelConfig, isolate: bool) -> dynmoe.Config:
+    return dynmoe.Config(cfg.dim, cfg.expert_hidden, _routers(cfg, isolate)[1], cfg.gated, cfg.shared_experts)
+
+
+def spec(cfg: ModelConfig, tasks: int) -> Params:
+    """The parameters of the whole network for `tasks` tasks, as `Param`s."""
+    if cfg.kind == "dense":
+        attend, feed = attention.spec(cfg.dim, cfg.heads, cfg.head_dim), experts.mlp_spec(cfg.dim, cfg.hidden, cfg.gated)
+    else:
+        attend, feed = dynsiha_plus.spec(_attention_config(cfg, True)), dynmoe.spec(_feedforward_config(cfg, True))
+    norm = Param((cfg.dim,), ("embed",), ones)
+    block = Block(norm, attend, norm, feed)
+    return Params(
+        embed=Param((VOCAB, cfg.dim), (None, "embed"), normal(0.5)),
+        task=Param((tasks, cfg.dim), (None, "embed"), normal(0.5)) if cfg.task_embedding else None,
+        dihedral=Param((DIHEDRALS, cfg.dim), (None, "embed"), normal(0.5)),
+        block=block if cfg.recursed else stack(block, cfg.depth),
+        norm=norm,
+        head=Param((cfg.dim, VOCAB), ("embed", None), normal(0.02)),
+    )
+
+
+def _embed(
+    params: Params, tokens: Int[Array, "B T"], task: Int[Array, " B"], dihedral: Int[Array, " B"], cfg: ModelConfig
+) -> Float[Array, "B T D"]:
+    x = params.embed[tokens] + params.dihedral[dihedral][:, None]
+    if params.task is not None:
+        x = x + jnp.where(task[:, None] >= 0, params.task[jnp.maximum(task, 0)], 0)[:, None]  # task -1 is blank
+    return x.astype(cfg.dtype)
+
+
+def _block(
+    block: Block,
+    x: Float[Array, "B T D"],
+    cfg: ModelConfig,
+    isolate: bool,
+    where: attention.Context,
+    valid: Bool[Array, "B T"] | None,
+    taps: dict[str, Tap] | None,
+    cache: attention.Cache | None,
+):
+    """One application of the block: the new x, the routings, the new cache."""
+    tap = taps or {}
+    routings: dict[str, Routing] = {}
+    h = rms_norm(x, block.norm_attention)
+    if cfg.kind == "dense":
+        h, cache = attention.apply(block.attention, h, cfg.head_dim, where, cache)
+    else:
+        h, routings[ATTENTION], cache = dynsiha_plus.apply(
+            block.attention, h, _attention_config(cfg, isolate), where=where, valid=valid, cache=cache, tap=tap.get(ATTENTION)
+        )
+    x = x + h
+    h = rms_norm(x, block.norm_feedforward)
+    if cfg.kind == "dense":
+        h = experts.mlp(block.feedforward, h, cfg.gated)
+    else:
+        h, routings[FEEDFORWARD] = dynmoe.apply(
+            block.feedforward, h, _feedforward_config(cfg, isolate), valid=valid, tap=tap.get(FEEDFORWARD)
+        )
+    return x + h, routings, cache
+
+
+def _recurse(params: Params, x: Array, cfg: ModelConfig, isolate: bool, where, valid, taps, cache, keep: bool):
+    """The block `depth` times by scan: last x, all x if `keep`, routings and caches with a leading axis R."""
+    e0 = x
+    run = partial(_block, cfg=cfg, isolate=isolate, where=where, valid=valid)
+    if cfg.remat:
+        # Decisions are saved, everything else is computed again: a recomputed low-precision logit cannot flip one (seed 2).
+        run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names("routing"), prevent_cse=False)
+
+    def body(x, per_step):
+        index, block, tap, cache = per_step
+        if cfg.inject:
+            x = x + jnp.where(index > 0, e0, 0)
+        x, routings, cache = run(params.block if block is None else block, x, taps=tap, cache=cache)
+        return x, (x if keep else None, routings, cache)
+
+    blocks = None if cfg.recursed else params.block
+    x, (steps, routings, cache) = jax.lax.scan(body, x, (jnp.arange(cfg.depth), blocks, taps, cache))
+    return x, steps, routings, cache
+
+
+def _read_out(params: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    return (rms_norm(x, params.norm) @ params.head.astype(x.dtype)).astype(jnp.float32)
+
+
+def apply(
+    params: Params,
+    batch: Any,
+    cfg: ModelConfig,
+    taps: dict[str, Tap] | None = None,
+    *,
+    isolate: bool = True,
+    steps: bool = False,
+) -> Output:
+    """Logits of a `Batch` for the next token at every position, teacher forced. `steps`: also those of every recursion."""
+    t = batch.tokens.shape[1]
+    where = attention.context(batch.positions, cfg.head_dim, prefix=batch.prefix, base=cfg.rope_base)
+    valid = jnp.arange(t) < batch.length[:, None]
+    x = _embed(params, batch.tokens, batch.task, batch.dihedral, cfg)
+    x, every, routings, _ = _recurse(params, x, cfg, isolate, where, valid, taps, None, steps)
+    return Output(_read_out(params, x), _read_out(params, every) if steps else None, routings)
+
+
+def init_cache(cfg: ModelConfig, batch: int, length: int) -> attention.Cache:
+    """An empty cache for `batch` sequences of up to `length` tokens: `[R, B, length, G, C]`."""
+    shape = (cfg.depth, batch, length, cfg.heads, cfg.head_dim)
+    return attention.Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
+
+
+def decode(
+    params: Params,
+    cache: attention.Cache,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T 3"],
+    start: Int[Array, " B"],
+    prefix: Int[Array, " B"],
+    task: Int[Array, " B"],
+    dihedral: Int[Array, " B"],
+    cfg: ModelConfig,
+) -> tuple[Float[Array, "B T V"], attention.Cache]:
+    """Next-token logits of T tokens that follow those in the cache, at slots start…start+T-1.
+
+    A prompt goes in at once with start 0 and prefix its length; each later token alone. Every recursion has keys and values of its own.
+    """
+    where = attention.context(positions, cfg.head_dim, start, prefix, cfg.rope_base)
+    x = _embed(params, tokens, task, dihedral, cfg)
+    x, _, _, cache = _recurse(params, x, cfg, True, where, None, None, cache, False)
+    return _read_out(params, x), cache

@@ -1,0 +1,430 @@
+"""Pictures of a run's metrics: the two dashboards, and the curves of several runs side by side.
+
+Every function returns a matplotlib `Figure` (object-oriented, no pyplot state); `save` writes one. A panel without data says
+why it is empty. Letters: S logged steps, M modules of one routed layer, D model.
+Source: what seeds 2, 3 and 4 watched (MECHANISMS.md section 11).
+"""
+
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from tinyonn_jax.observe.metrics import Row, column, layer_names, loads, percent
+from tinyonn_jax.observe.writers import read_metrics, write_atomically
+
+# Okabe and Ito's colours, told apart under every common colour blindness.
+BLUE, ORANGE, GREEN, PURPLE, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#AA4499", "#56B4E9", "#D55E00"
+INK, MUTED, FAINT = "#24292f", "#6b7280", "#d8dee4"
+Routing = Mapping[str, np.ndarray]
+SERIES = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
+SHARE_COLOURS = LinearSegmentedColormap.from_list("share", ["#f7f9fb", "#a6cbe3", "#2f7fb8", "#08306b"])
+NO_LAYERS = "no routed layers in this run"
+NOT_MEASURED = "not measured by this rule"
+NOTHING = "nothing logged yet"
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Writes a figure as PNG, atomically, 160 dots to the inch."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+    return write_atomically(path, buffer.getvalue())
+
+
+def write_dashboards(folder: str | os.PathLike[str]) -> list[Path]:
+    """Draws both dashboards from a run folder's files into its `figures/`; returns their paths."""
+    folder = Path(folder)
+    rows, snapshot = read_metrics(folder), folder / "routing_latest.npz"
+    routing: dict[str, np.ndarray] = {}
+    if snapshot.exists():
+        with np.load(snapshot, allow_pickle=False) as arrays:
+            routing = dict(arrays)
+    return [
+        save(core_metrics(rows), folder / "figures" / "core_metrics_latest.png"),
+        save(expert_dashboard(rows, routing), folder / "figures" / "expert_dashboard_latest.png"),
+    ]
+
+
+# --- axes ---------------------------------------------------------------------------------------------------------------
+
+
+def _style(ax: Axes, title: str = "") -> Axes:
+    if title:
+        ax.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(FAINT)
+    ax.tick_params(colors=MUTED, labelsize=8.5, length=0)
+    ax.grid(axis="y", color=FAINT, linewidth=0.6)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure that lays itself out; sizes in inches."""
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
+    return figure
+
+
+def _steps(ax: Axes) -> None:
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def _empty(ax: Axes, reason: str) -> None:
+    ax.set_axis_on()
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    ax.set_facecolor("#f6f8fa")
+    ax.text(0.5, 0.5, reason, transform=ax.transAxes, ha="center", va="center", color=MUTED, fontsize=10, style="italic")
+
+
+def _legend(*axes: Axes) -> None:
+    """One legend for axes that share a panel, above the first of them at the right so that it never covers a curve."""
+    entries = _entries(axes)
+    if entries:
+        axes[0].legend(
+            entries.values(), entries.keys(), loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=5, fontsize=8, frameon=False,
+            labelcolor=INK, handlelength=0.9, columnspacing=0.8, handletextpad=0.4, borderaxespad=0.2,
+        )  # fmt: skip
+
+
+def _entries(axes: Sequence[Axes]) -> dict[str, Any]:
+    """What the axes' curves are called, each name once, with what it looks like."""
+    return {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+
+
+def _smooth(values: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"]:
+    """Centred running mean over a twentieth of the curve; at the ends, over what there is."""
+    width = max(1, len(values) // 20) | 1
+    window = np.ones(width)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def _curve(ax: Axes, rows: Sequence[Row], path: str | tuple[str, ...], label: str, colour: str, **style: Any) -> bool:
+    """A smoothed curve over its faint raw values, or points where only a few were logged; False where none was."""
+    steps, values = column(rows, *((path,) if isinstance(path, str) else path))
+    if len(values) >= 40:
+        ax.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
+        ax.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=label, **style)
+    elif len(values):
+        ax.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label, **style)
+    return len(values) > 0
+
+
+def _log(ax: Axes) -> None:
+    """A logarithmic axis where the drawn values are positive and span more than a factor of five."""
+    drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines] or [np.zeros(0)])
+    if len(drawn) and drawn.min() > 0 and drawn.max() > 5 * drawn.min():
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if drawn.max() < 1000 * drawn.min() else (1,)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _twin(ax: Axes, label: str, colour: str) -> Axes:
+    other = ax.twinx()
+    other.spines[:].set_visible(False)
+    other.tick_params(colors=colour, labelsize=8.5, length=0)
+    other.set_ylabel(label, color=colour, fontsize=8.5)
+    return other
+
+
+def _colour(layer: str) -> str:
+    return PURPLE if "attention" in layer else BLUE
+
+
+def _name(layer: str) -> str:
+    """What a layer's modules are called: `heads` or `experts`, with the block's name where there is more than one."""
+    block, _, kind = layer.rpartition("/")
+    return " ".join(filter(None, (block, {"attention": "heads", "feedforward": "experts"}.get(kind, kind))))
+
+
+# --- core metrics -------------------------------------------------------------------------------------------------------
+
+
+def _losses(ax: Axes, rows: Sequence[Row]) -> None:
+    _curve(ax, rows, "main_loss", "main", BLUE)
+    _curve(ax, rows, "valid_loss", "validation", GREEN, linestyle="--")
+    _log(ax)
+    if len(column(rows, "meta_loss")[0]):
+        right = _twin(ax, "meta", RED)
+        _curve(right, rows, "meta_loss", "meta (right)", RED)
+        _legend(ax, right)
+    elif ax.lines:
+        _legend(ax)
+    else:
+        _empty(ax, "no losses logged yet")
+
+
+def _accuracies(ax: Axes, rows: Sequence[Row]) -> None:
+    curves = (
+        ("main_acc", "token", BLUE), ("exact", "grid", RED), ("gating_acc", "gating", ORANGE),
+        ("valid_acc", "token, val.", SKY), ("valid_exact", "grid, val.", GREEN),
+    )  # fmt: skip
+    if not any([_curve(ax, rows, key, label, colour) for key, label, colour in curves]):
+        return _empty(ax, "no accuracies logged yet")
+    ax.set_ylim(-0.02, 1.02)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _legend(ax)
+
+
+def _integrity(ax: Axes, rows: Sequence[Row]) -> None:
+    drawn = _curve(ax, rows, "pi", "PI", GREEN)
+    _curve(ax, rows, "ema_acc", "accuracy (EMA)", BLUE)
+    if not drawn:
+        return _empty(ax, NOT_MEASURED if rows else NOTHING)
+    ax.set_ylim(-0.02, 1.02)
+    _legend(ax)
+
+
+def _surprise(ax: Axes, rows: Sequence[Row]) -> None:
+    _curve(ax, rows, "surprise_output", "output", RED)
+    _curve(ax, rows, "surprise_param", "parameter", ORANGE)
+    if not ax.lines:
+        return _empty(ax, NOT_MEASURED if rows else NOTHING)
+    _log(ax)
+    if len(column(rows, "tau")[0]):
+        right = _twin(ax, "tau", BLUE)
+        _curve(right, rows, "tau", "tau (right)", BLUE)
+        _legend(ax, right)
+    else:
+        _legend(ax)
+
+
+def _activation(ax: Axes, rows: Sequence[Row]) -> None:
+    layers = [name for name in layer_names(rows) if len(column(rows, "layers", name, "active_share")[0])]
+    if not layers:
+        return _empty(ax, NO_LAYERS if rows else NOTHING)
+    right = _twin(ax, "Act% (dashed)", MUTED)
+    for i, name in enumerate(_last_of_each_kind(layers)):
+        steps, shares = column(rows, "layers", name, "active_share")
+        modules = loads(rows, name)[1].shape[1]
+        if modules:
+            ax.plot(steps, shares, color=_colour(name), linewidth=1.8, label=_name(name))
+        right.plot(steps, shares, color=_colour(name), linewidth=1.2, linestyle=(5 * i, (4, 6)))
+    ax.set_ylim(bottom=0, top=1.15 * max(ax.get_ylim()[1], 1))
+    right.set_ylim(0, max(1.15 * right.get_ylim()[1], 0.01))
+    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set_ylabel("modules a token uses", color=MUTED, fontsize=8.5)
+    _legend(ax)
+
+
+def _alive(ax: Axes, rows: Sequence[Row]) -> None:
+    layers = [name for name in layer_names(rows) if len(loads(rows, name)[0])]
+    if not layers:
+        return _empty(ax, NO_LAYERS if rows else NOTHING)
+    for name in _last_of_each_kind(layers):
+        steps, load = loads(rows, name)
+        ax.plot(steps, (load > 0).sum(1), color=_colour(name), linewidth=1.8, label=f"{_name(name)}, of {load.shape[1]}")
+        ax.axhline(load.shape[1], color=_colour(name), linewidth=0.8, linestyle=":")
+    ax.set_ylim(0, 1.1 * max(loads(rows, name)[1].shape[1] for name in _last_of_each_kind(layers)))
+    ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    _legend(ax)
+
+
+CORE_PANELS: tuple[tuple[str, Callable[[Axes, Sequence[Row]], None]], ...] = (
+    ("Loss", _losses),
+    ("Accuracy", _accuracies),
+    ("Predictive integrity", _integrity),
+    ("Surprise and tau", _surprise),
+    ("Active modules", _activation),
+    ("Modules alive", _alive),
+)
+
+
+def core_metrics(rows: Sequence[Row]) -> Figure:
+    """Losses, accuracies, predictive integrity, surprise and tau, active modules per token, modules alive: 3 x 2 panels."""
+    figure = _figure(10.5, 10)
+    axes = figure.subplots(3, 2)
+    for ax, (title, draw) in zip(axes.flat, CORE_PANELS, strict=True):
+        _steps(_style(ax, title))
+        draw(ax, rows)
+    for ax in axes[-1]:
+        ax.set_xlabel("step", color=MUTED, fontsize=8.5)
+    return figure
+
+
+# --- expert dashboard ---------------------------------------------------------------------------------------------------
+
+
+def _last_of_each_kind(layers: Sequence[str]) -> list[str]:
+    """The last block's layers: at most one of each kind, feed-forward before attention."""
+    last = {name.rpartition("/")[2]: name for name in layers}
+    return sorted(last.values(), key=lambda name: "attention" in name)
+
+
+def _binned(rows: Sequence[Row], layer: str, bins: int) -> tuple[Float[np.ndarray, "S"], Float[np.ndarray, "S M"]]:
+    """Loads averaged over runs of neighbouring rows, so that at most `bins` columns remain."""
+    steps, load = loads(rows, layer)
+    runs = np.array_split(np.arange(len(steps)), min(bins, len(steps)))
+    return np.array([steps[run].mean() for run in runs]), np.array([load[run].mean(0) for run in runs])
+
+
+def _modules(ax: Axes, layer: str, modules: int) -> None:
+    ax.set_ylim(-0.7, modules - 0.3)
+    ax.yaxis.set_major_locator(MaxNLocator(min(modules, 9), integer=True))
+    ax.set_ylabel(_name(layer), color=_colour(layer), fontsize=9.5)
+
+
+def _choices(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> None:
+    steps, load = _binned(rows, layer, 50)
+    ids = np.broadcast_to(np.arange(load.shape[1]), load.shape)
+    busiest = ids == load.argmax(1, keepdims=True)
+    strength = load / max(load.max(), 1e-9)
+    for chosen, colour in ((~busiest, _colour(layer)), (busiest, ORANGE)):
+        at = np.broadcast_to(steps[:, None], load.shape)[chosen]
+        ax.scatter(at, ids[chosen], s=1 + 55 * strength[chosen], alpha=0.2 + 0.75 * strength[chosen], color=colour, linewidth=0)
+    ax.scatter([], [], s=40, color=ORANGE, linewidth=0, label="busiest at the time")
+    _modules(ax, layer, load.shape[1])
+    ax.grid(False)
+
+
+def _heat(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> None:
+    steps, load = _binned(rows, layer, 120)
+    middle = (steps[1:] + steps[:-1]) / 2
+    edges = np.r_[steps[0] - (len(steps) == 1) / 2, middle, steps[-1] + (len(steps) == 1) / 2]
+    lines = np.arange(load.shape[1] + 1) - 0.5
+    mesh = ax.pcolormesh(edges, lines, load.T, cmap=SHARE_COLOURS, vmin=0, vmax=max(load.max(), 1e-9))
+    _modules(ax, layer, load.shape[1])
+    ax.set_ylim(-0.5, load.shape[1] - 0.5)
+    ax.grid(False)
+    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.015, aspect=14, format=PercentFormatter(1.0, decimals=0))
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    bar.ax.tick_params(labelsize=7.5, colors=MUTED, length=0)
+
+
+def _snapshot(routing: Routing, layer: str, what: str) -> np.ndarray | None:
+    return routing.get(f"{layer.replace('/', '.')}.{what}")
+
+
+def _verdicts(routing: Routing, layer: str, modules: int) -> list[tuple[np.ndarray, str, str, str]]:
+    """Masks over modules, each with label, colour and marker: good, bad, inactive; or used, unused where goodness is unknown."""
+    goodness, usage = _snapshot(routing, layer, "goodness"), _snapshot(routing, layer, "usage")
+    goodness = np.zeros(modules) if goodness is None else np.nan_to_num(goodness)
+    used = np.ones(modules, bool) if usage is None else np.nan_to_num(usage) > 0
+    if not goodness.any():
+        return [(used, "used", SKY, "o"), (~used, "inactive", MUTED, "X")]
+    return [(goodness > 0, "good", GREEN, "o"), (goodness < 0, "bad", RED, "D"), (goodness == 0, "inactive", MUTED, "X")]
+
+
+def _lifetime(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> None:
+    usage = _snapshot(routing, layer, "usage")
+    if usage is None:
+        return _empty(ax, "no routing snapshot yet")
+    ids = np.arange(len(usage))
+    for mask, label, colour, _ in _verdicts(routing, layer, len(usage)):
+        ax.bar(ids[mask], usage[mask], width=0.78, color=colour, label=label)
+    ax.scatter(ids[usage == 0], usage[usage == 0], marker="X", s=30, color=MUTED, linewidth=0, clip_on=False, zorder=3)
+    mean = float(usage.mean())
+    ax.axhline(mean, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    ax.text(1.01, mean, f"mean\n{percent(mean)}", transform=ax.get_yaxis_transform(), fontsize=7.5, color=INK, va="center")
+    ax.set_xlim(-0.7, len(usage) - 0.3)
+    ax.xaxis.set_major_locator(MaxNLocator(min(len(usage), 9), integer=True))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set_ylabel(_name(layer), color=_colour(layer), fontsize=9.5)
+
+
+def _plane(points: Float[np.ndarray, "M D"]) -> tuple[Float[np.ndarray, "M 2"], Float[np.ndarray, "2"]]:
+    """Points on their two principal axes, and the shares of variance along these."""
+    centred = np.nan_to_num(points) - np.nan_to_num(points).mean(0)
+    left, size, _ = np.linalg.svd(centred.astype(float), full_matrices=False)
+    flat = np.pad(left * size, ((0, 0), (0, 2)))[:, :2]
+    return flat, np.pad(size**2, (0, 2))[:2] / max(float((size**2).sum()), 1e-12)
+
+
+def _prototypes(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> None:
+    points = _snapshot(routing, layer, "proto")
+    if points is None:
+        return _empty(ax, "no routing snapshot yet")
+    flat, explained = _plane(points)
+    for mask, label, colour, marker in _verdicts(routing, layer, len(points)):
+        if mask.any():
+            ax.scatter(*flat[mask].T, s=46, color=colour, marker=marker, edgecolor="white", linewidth=0.7, label=label, zorder=3)
+    if len(points) <= 32:
+        for m, (x, y) in enumerate(flat):
+            ax.annotate(str(m), (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7.5, color=INK)
+    ax.grid(axis="both", color=FAINT, linewidth=0.6)
+    ax.margins(0.12)
+    ax.set_ylabel(_name(layer), color=_colour(layer), fontsize=9.5)
+    ax.tick_params(labelbottom=False, labelleft=False)
+    ax.set_xlabel(f"{percent(explained[0])} and {percent(explained[1])} of variance", fontsize=8, color=MUTED)
+
+
+EXPERT_PANELS: tuple[tuple[str, Callable[[Axes, str, Sequence[Row], Routing], None]], ...] = (
+    ("Router choices", _choices),
+    ("Lifetime activation rate", _lifetime),
+    ("Share of activations", _heat),
+    ("Prototypes", _prototypes),
+)
+
+
+def expert_dashboard(rows: Sequence[Row], routing: Routing | None = None) -> Figure:
+    """Router choices over time, lifetime activation rates, choices as a heat map, prototypes in two dimensions: 2 x 2 panels.
+
+    `routing` is what `routing_latest.npz` holds. Each panel shows the last block's experts and, beside or below them, its heads.
+    """
+    routing = routing or {}
+    saved = [key.removesuffix(".proto").replace(".", "/") for key in routing if key.endswith(".proto")]
+    layers = _last_of_each_kind(layer_names(rows) or saved)
+    figure = _figure(10.5, 8.4 if layers else 3.5)
+    measured = any(np.any(_snapshot(routing, layer, "goodness")) for layer in layers)
+    panels = figure.add_gridspec(2, 2)
+    for k, (title, draw) in enumerate(EXPERT_PANELS):
+        panel = figure.add_subfigure(panels[k // 2, k % 2])
+        over_time, cells = draw in (_choices, _heat), max(len(layers), 1)
+        shape = (1, cells) if draw is _prototypes else (cells, 1)
+        axes: list[Axes] = list(np.ravel(panel.subplots(*shape, sharex=over_time)))
+        for ax in axes:
+            _style(ax)
+        _style(axes[0], title)
+        if not layers:
+            _empty(axes[0], NO_LAYERS if rows else NOTHING)
+        for ax, layer in zip(axes, layers, strict=False):
+            if over_time and not len(loads(rows, layer)[0]):
+                _empty(ax, "no loads logged yet")
+                continue
+            if over_time:
+                _steps(ax)
+            draw(ax, layer, rows, routing)
+        _legend(*(axes[::-1] if draw is _prototypes else axes))
+        if draw is _prototypes and layers and not measured:
+            axes[0].text(
+                0.02, 0.02, f"goodness: {NOT_MEASURED}", transform=axes[0].transAxes, fontsize=8, color=MUTED, style="italic"
+            )
+    return figure
+
+
+# --- runs side by side --------------------------------------------------------------------------------------------------
+
+
+def compare_figure(runs: Mapping[str, Sequence[Row]]) -> Figure:
+    """Loss, share of exact sequences and tokens per second of several runs, over steps."""
+    figure = _figure(10.5, 3.9)
+    panels = (("main_loss", "Loss"), ("exact", "Whole grids right"), ("tokens_per_second", "Tokens per second"))
+    for ax, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
+        _steps(_style(ax, title))
+        drawn = [_curve(ax, rows, key, name, SERIES[i % len(SERIES)], linestyle="-" if i < len(SERIES) else "--")
+                 for i, (name, rows) in enumerate(runs.items())]  # fmt: skip
+        if not any(drawn):
+            _empty(ax, "not logged")
+        elif key == "main_loss":
+            _log(ax)
+        elif key == "exact":
+            ax.set_ylim(-0.02, 1.02)
+            ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+        else:
+            ax.set_ylim(bottom=0)
+            ax.yaxis.set_major_formatter(EngFormatter(sep=""))
+    entries = _entries(figure.axes)
+    look = {"ncols": min(len(entries), 4) or 1, "frameon": False, "fontsize": 9, "labelcolor": INK}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", **look)
+    return figure

@@ -1,0 +1,123 @@
+"""Grids as a person sees them: ARC's colours, which answers are right, and pictures of tasks with their answers.
+
+`entries` is always one task's list in `predictions.json`: for each test input its grid, the truth or null, the greedy answer and
+the voted candidates, best first. Letters: H rows of a grid, W columns.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from tinyonn_jax.observe.figures import FAINT, INK, MUTED
+
+Grid = Sequence[Sequence[int]]
+Entry = Mapping[str, Any]
+Cell = tuple[str, Grid | None, bool | None, str]  # title, grid, right or wrong, and why
+
+ARC_COLOURS = ("#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00", "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25")
+MARK = {True: "✓ ", False: "✗ ", None: ""}
+
+
+def answers(entry: Entry) -> list[tuple[str, Grid | None]]:
+    """Names and grids of one test input's answers in `predictions.json`: greedy, then the two that are submitted."""
+    candidates = entry.get("candidates") or []
+    if not candidates:
+        return [("greedy", entry.get("greedy")), ("attempt 1", None)]
+    voted = [(f"attempt {i} · {c['votes']} vote{'s' * (c['votes'] != 1)}", c["grid"]) for i, c in enumerate(candidates[:2], 1)]
+    return [("greedy", entry.get("greedy")), *voted]
+
+
+def judge(grid: Grid | None, truth: Grid | None) -> tuple[bool | None, str]:
+    """Whether an answer is right (None: no truth to compare with), and why in a few words."""
+    if grid is None:
+        return (False if truth is not None else None), "no answer"
+    if truth is None:
+        return None, ""
+    if [list(row) for row in grid] == [list(row) for row in truth]:
+        return True, "right"
+    (h, w), (th, tw) = (len(grid), len(grid[0])), (len(truth), len(truth[0]))
+    if (h, w) != (th, tw):
+        return False, f"{w} × {h}, not {tw} × {th}"
+    off = int(np.sum(np.asarray(grid) != np.asarray(truth)))
+    return False, f"{off} of {w * h} cells off"
+
+
+def solved(entries: Sequence[Entry]) -> bool | None:
+    """Whether one of the two submitted answers is right for every test input of a task; None without truth."""
+    verdicts = [[judge(grid, entry.get("truth"))[0] for _, grid in answers(entry)[1:]] for entry in entries]
+    if any(entry.get("truth") is None for entry in entries):
+        return None
+    return all(any(attempts) for attempts in verdicts)
+
+
+def _draw_grids(axes: Sequence[Axes], cells: Sequence[Cell]) -> None:
+    """A line of titled grids at one scale, each with its verdict below."""
+    height, width = np.max([np.asarray(grid).shape for _, grid, _, _ in cells if grid is not None], axis=0)
+    for ax, (title, grid, right, why) in zip(axes, cells, strict=False):
+        colour = {True: "#1a7f37", False: "#cf222e", None: MUTED}[right]
+        h, w = (height, width) if grid is None else np.asarray(grid).shape
+        ax.set_axis_on()
+        ax.spines[:].set_visible(False)
+        ax.set(xticks=[], yticks=[], aspect="equal")
+        ax.set_title(title, fontsize=8.5, color=INK, pad=3)
+        ax.set_xlabel(MARK[right] + why, fontsize=8.5, color=colour, labelpad=2)
+        frame = Rectangle((-0.5, -0.5), w, h, fill=False, edgecolor=FAINT, linestyle=":", clip_on=False)
+        if grid is not None:
+            ax.imshow(np.asarray(grid), cmap=ListedColormap(ARC_COLOURS), vmin=0, vmax=9, interpolation="nearest")
+            line = 0.8 if max(height, width) <= 15 else 0.35
+            ax.vlines(np.arange(1, w) - 0.5, -0.5, h - 0.5, color="#555555", linewidth=line)
+            ax.hlines(np.arange(1, h) - 0.5, -0.5, w - 0.5, color="#555555", linewidth=line)
+            frame.set(edgecolor="#555555" if right is None else colour, linestyle="-", linewidth=0.8 if right is None else 1.8)
+        ax.add_patch(frame)
+        ax.set_xlim((w - width) / 2 - 0.6, (w + width) / 2 - 0.4)
+        ax.set_ylim((h + height) / 2 - 0.4, (h - height) / 2 - 0.6)
+
+
+def _cells(entry: Entry, submitted_only: bool = False) -> list[Cell]:
+    truth = entry.get("truth")
+    cells: list[Cell] = [("test input", entry["input"], None, ""), ("truth", truth, None, "" if truth is not None else "unknown")]
+    return cells + [(name, grid, *judge(grid, truth)) for name, grid in answers(entry)[submitted_only:]]
+
+
+def task_figure(task_id: str, entries: Sequence[Entry], demonstrations: Sequence[Sequence[Grid]] = ()) -> Figure:
+    """One task: its demonstration pairs on top, then for each test input the truth and the answers, each with a tick or a cross.
+
+    `demonstrations` are pairs of input and output.
+    """
+    lines = [
+        [(f"{name} {i}", pair[k], None, "") for i, pair in enumerate(demonstrations, 1)]
+        for k, name in enumerate(("input", "output"))
+    ]
+    lines = [line for line in lines if line] + [_cells(entry) for entry in entries]
+    columns = max(map(len, lines))
+    figure = Figure(figsize=(1.75 * columns, 1.95 * len(lines) + 0.45), layout="constrained")
+    verdict = {True: "✓ solved", False: "✗ not solved", None: ""}[solved(entries)]
+    figure.suptitle(f"{task_id} {verdict}", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    axes = figure.subplots(len(lines), columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for line, cells in zip(axes, lines, strict=True):
+        _draw_grids(list(line), cells)
+    return figure
+
+
+def gallery(tasks: Mapping[str, Sequence[Entry]]) -> Figure:
+    """The first test input of each task, two tasks a line: input, truth and the submitted answers. A dozen tasks look best."""
+    lines = max(-(-len(tasks) // 2), 1)
+    figure = Figure(figsize=(10.5, 1.75 * lines), layout="constrained")
+    axes = figure.subplots(lines, 9, squeeze=False, width_ratios=(1, 1, 1, 1, 0.12, 1, 1, 1, 1))
+    for ax in axes.flat:
+        ax.set_axis_off()
+    if not tasks:
+        figure.text(0.5, 0.5, "no predictions yet", ha="center", color=MUTED, style="italic")
+    for i, (task_id, entries) in enumerate(tasks.items()):
+        (_, question, _, _), (_, truth, _, _), *attempts = _cells(entries[0], submitted_only=True)
+        cells: list[Cell] = [(task_id, question, None, "input"), ("", truth, None, "truth")]
+        cells += [("", grid, right, why) for _, grid, right, why in attempts]
+        _draw_grids(list(axes[i // 2, 5 * (i % 2) :]), cells)
+    return figure

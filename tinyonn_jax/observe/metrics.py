@@ -1,0 +1,76 @@
+"""Reading metrics: columns out of the rows of metrics.jsonl, and numbers as a person writes them.
+
+A row is one logged step; any key of it may be missing or null. Layers are nested: row["layers"]["feedforward"]["load"].
+Letters: S logged steps that hold the value, M modules of one routed layer.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+Row = Mapping[str, Any]
+
+
+def lookup(row: Row, *path: str) -> Any:
+    """The value at nested keys, or None where any of them is missing."""
+    value: Any = row
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def column(rows: Sequence[Row], *path: str) -> tuple[Float[np.ndarray, "S"], Float[np.ndarray, "S"]]:
+    """Steps and values of one scalar metric, over the rows that have it."""
+    found = [(row["step"], v) for row in rows if isinstance(v := lookup(row, *path), int | float) and np.isfinite(v)]
+    steps, values = zip(*found, strict=True) if found else ((), ())
+    return np.asarray(steps, float), np.asarray(values, float)
+
+
+def loads(rows: Sequence[Row], layer: str) -> tuple[Float[np.ndarray, "S"], Float[np.ndarray, "S M"]]:
+    """Steps and each module's share of its layer's activations; modules that joined later count 0 before."""
+    found = [(row["step"], v) for row in rows if isinstance(v := lookup(row, "layers", layer, "load"), list) and v]
+    table = np.zeros((len(found), max((len(load) for _, load in found), default=0)))
+    for i, (_, load) in enumerate(found):
+        table[i, : len(load)] = [0.0 if share is None else share for share in load]
+    return np.asarray([step for step, _ in found], float), table
+
+
+def layer_names(rows: Sequence[Row]) -> list[str]:
+    """Routed layers in the order they were logged; empty for a network without routers."""
+    return list(dict.fromkeys(name for row in rows for name in (lookup(row, "layers") or {})))
+
+
+def latest(rows: Sequence[Row]) -> dict[str, float]:
+    """The newest finite value of every scalar metric at the top level."""
+    names = dict.fromkeys(key for row in rows for key in row)
+    return {name: float(values[-1]) for name in names if len(values := column(rows, name)[1])}
+
+
+def training_seconds(rows: Sequence[Row]) -> float:
+    """Seconds spent over all the processes of a run: `seconds` starts again whenever it was resumed."""
+    _, seconds = column(rows, "seconds")
+    ends = np.flatnonzero(np.diff(seconds, append=-np.inf) < 0)
+    return float(seconds[ends].sum())
+
+
+def percent(share: float | None) -> str:
+    """A share in [0, 1] with one decimal: 0.611 is `61.1 %`."""
+    return "–" if share is None or not np.isfinite(share) else f"{100 * share:.1f} %"
+
+
+def count(number: float) -> str:
+    """A count with three digits and a letter: 12345 is `12.3 k`."""
+    for letter in ("", " k", " M", " G"):
+        if abs(number) < 999.5:
+            return f"{number:.3g}{letter}"
+        number /= 1000
+    return f"{number:.3g} T"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss under an hour."""
+    minutes, rest = divmod(max(round(seconds), 0), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

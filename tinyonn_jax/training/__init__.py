@@ -1,0 +1,1 @@
+"""State, optimizers, the train step, sharding, checkpoints and the loop."""

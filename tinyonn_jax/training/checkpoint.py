@@ -1,0 +1,256 @@
+"""Checkpoints: a training state on disk, written in the background, restored on any number of devices (Orbax).
+
+`<folder>/<step>/` holds the items `params`, `ema` and `training` (every other field of the state), the run's `config`, under
+`metrics` the validation score if there was one, and `checksums.json`, written just before the folder gets its final name. The
+newest few and the best are kept. A checkpoint that is not what was written is passed over for the one before, with a line.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+_OWN_ITEMS = ("params", "ema")
+_CHECKSUMS = "checksums.json"
+_UNFINISHED = ".orbax-checkpoint-tmp"
+S = TypeVar("S")
+Say = Callable[[str], None]
+
+
+class CheckpointError(RuntimeError):
+    """Checkpoints that cannot be read or written; the message is one line that names the folder and the remedy."""
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of which `folder` holds a checkpoint, rising, damaged or not."""
+    return sorted(int(path.name) for path in Path(folder).glob("*") if path.is_dir() and path.name.isdecimal())
+
+
+class Checkpoints:
+    """The checkpoints of one training run, which alone writes to `folder`.
+
+    Damaged ones are renamed to `<step>.broken` at the start, so that their steps can be saved again. Use it as a context
+    manager: leaving it waits until what was saved is on disk.
+
+    Args:
+        folder: where they are; made when missing.
+        keep: how many of the newest stay, besides the one with the highest score.
+        config: stored with each, so that a checkpoint explains itself.
+        say: prints one line.
+
+    Raises:
+        CheckpointError: there are checkpoints and all are damaged.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, config: Mapping[str, Any] | None = None, say: Say = print):
+        self.folder, self._config, self._saving = Path(folder).absolute(), dict(config or {}), 0
+        for step in _undamaged(self.folder, say)[1]:
+            _primary(_set_aside, self.folder / str(step))
+        for unfinished in self.folder.glob(f"*{_UNFINISHED}*"):
+            _primary(_remove, unfinished)
+        policies = ocp.checkpoint_managers
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                best_fn=_rank,
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(keep), policies.BestN(get_metric_fn=_rank, n=1)]
+                ),
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._one_line():
+            self._manager.close()
+
+    def save(self, step: int, state: Any, score: float | None = None) -> None:
+        """Starts to write `state` (a dataclass with `params` and `ema`) and returns once it may be donated.
+
+        A step that is there already is left alone. The highest finite `score` marks the best checkpoint.
+
+        Raises:
+            CheckpointError: this save, or the one still in flight, could not be written; the one before it is intact.
+        """
+        with self._one_line():
+            self._manager.wait_until_finished()
+            if step in self._manager.all_steps():
+                return
+            self._saving = step
+            items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+            metrics = {"score": None if score is None or not math.isfinite(score) else float(score)}
+            arguments = ocp.args.Composite(config=ocp.args.JsonSave(self._config), **items)
+            if not self._manager.save(step, args=arguments, metrics=metrics, force=True):
+                raise OSError(f"Orbax declined to save step {step}")
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk.
+
+        Raises:
+            CheckpointError: a save could not be written; the one before it is intact.
+        """
+        with self._one_line():
+            self._manager.wait_until_finished()
+
+    def restore(self, like: S) -> S | None:
+        """The newest state, or None when there is no checkpoint yet.
+
+        `like` is a state of arrays or `jax.ShapeDtypeStruct`s; shapes, types and shardings are taken from it.
+
+        Raises:
+            CheckpointError: it holds another kind of state.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        read = _read(self.folder / str(step), _items(like))
+        training = read.pop("training")
+        return dataclasses.replace(like, **read, **training)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def _seal(self) -> None:
+        """Notes what was written, once all of it is and before the folder gets its final name."""
+        if jax.process_index() == 0:
+            for written in self.folder.glob(f"{self._saving}{_UNFINISHED}*"):
+                (written / _CHECKSUMS).write_text(json.dumps(_checksums(written)))
+
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """Turns whatever a failed write raises into one line."""
+        try:
+            yield
+        except Exception as error:  # whatever the storage below Orbax raises
+            intact = f"the one of step {steps(self.folder)[-1]} is intact. " if steps(self.folder) else ""
+            raise CheckpointError(
+                f"{self.folder}: the checkpoint of step {self._saving} could not be written ({_first_line(error)}); {intact}"
+                "Free some space and run the same command again"
+            ) from error
+
+
+def restore_params(
+    folder: Path,
+    like: S,
+    which: Literal["ema", "params"] = "ema",
+    step: int | Literal["latest", "best"] = "latest",
+    say: Say = print,
+) -> tuple[S, int]:
+    """Parameters of a finished or running run, and their step; changes nothing on disk.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        like: parameters or `jax.ShapeDtypeStruct`s; shapes, types and shardings are taken from it.
+        which: the moving average, or the parameters as trained.
+        step: `best` has the highest validation score; `latest` is the newest that is not damaged.
+
+    Raises:
+        CheckpointError: no such checkpoint, or it is damaged.
+    """
+    folder = Path(folder).absolute()
+    there = steps(folder)
+    if not there:
+        raise CheckpointError(f"{folder}: no checkpoint yet; train first")
+    if isinstance(step, int) and step not in there:
+        raise CheckpointError(f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, there))}")
+    good, _ = _undamaged(folder, say)
+    if step == "best":
+        ranks = {s: _rank(json.loads((folder / str(s) / "metrics" / "metrics").read_text())) for s in good}
+        step = max(good, key=lambda s: (ranks[s], s))
+        if ranks[step] == -math.inf:
+            raise CheckpointError(f"{folder}: no checkpoint has a validation score; train with --data.holdout, or take latest")
+    elif step == "latest":
+        step = good[-1]
+    elif step not in good:
+        raise CheckpointError(f"{folder}: the checkpoint of step {step} is damaged; there are {', '.join(map(str, good))}")
+    return _read(folder / str(step), {which: like})[which], step
+
+
+def _items(state: Any) -> dict[str, Any]:
+    """The separately stored parts of a state."""
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    own = {name: fields.pop(name) for name in _OWN_ITEMS}
+    return {**own, "training": fields}
+
+
+def _read(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+    """The items named in `like` of one checkpoint, in the shapes, types and shardings given there."""
+    arguments = {k: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)) for k, tree in like.items()}
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            return {name: reader.restore(path / name, args=args) for name, args in arguments.items()}
+    except Exception as error:  # whatever Orbax raises: the files are as written, so it is the wrong state
+        raise CheckpointError(
+            f"{path} holds another state than this version trains ({_first_line(error)}); move the run folder away to start again"
+        ) from error
+
+
+def _checksums(path: Path) -> dict[str, int]:
+    """The CRC-32 of every file below `path`, save those that Orbax touches when it commits."""
+    later = (_CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name not in later)
+    return {str(file.relative_to(path)): zlib.crc32(file.read_bytes()) for file in files}
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with the files of a checkpoint; empty when they are as written."""
+    try:
+        json.loads((path / "_CHECKPOINT_METADATA").read_text())
+        written, there = json.loads((path / _CHECKSUMS).read_text()), _checksums(path)
+    except (OSError, ValueError):
+        return "it is empty or incomplete"
+    changed = [name for name in written if written[name] != there.get(name)]
+    return f"{changed[0]} is {'damaged' if changed[0] in there else 'missing'}" if changed else ""
+
+
+def _undamaged(folder: Path, say: Say) -> tuple[list[int], dict[int, str]]:
+    """The steps whose files are as written, and what is wrong with the others; says the latter."""
+    reasons = {step: _damage(folder / str(step)) for step in steps(folder)}
+    good, bad = [s for s, reason in reasons.items() if not reason], {s: reason for s, reason in reasons.items() if reason}
+    if bad and not good:
+        step, reason = max(bad.items())
+        raise CheckpointError(f"{folder}: no checkpoint can be read (step {step}: {reason}); move the folder away to start again")
+    for step, reason in bad.items():
+        say(f"checkpoint {folder / str(step)} cannot be read ({reason}); falling back to step {good[-1]}")
+    return good, bad
+
+
+def _set_aside(path: Path) -> None:
+    """Renames a damaged checkpoint."""
+    aside = path.with_name(f"{path.name}.broken")
+    _remove(aside)
+    path.rename(aside)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _primary(change: Callable[[Path], None], path: Path) -> None:
+    """One process changes the disk; the others go on when it has."""
+    if jax.process_index() == 0:
+        change(path)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"{change.__name__} {path.name}")
+
+
+def _rank(metrics: Mapping[str, float | None]) -> float:
+    score = metrics["score"]
+    return -math.inf if score is None else score
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong, short: both ends of the innermost cause's first line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {line if len(line) < 240 else line[:120] + ' … ' + line[-120:]}"

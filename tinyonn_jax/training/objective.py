@@ -1,0 +1,64 @@
+"""The main loss of a network on batches of sequences, and what is measured beside it.
+
+Letters: B batch, T positions, V vocabulary, R recursions.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tinyonn_jax.config import Config
+from tinyonn_jax.learning import LearningRule, backprop, integrity, none, sars
+from tinyonn_jax.models import transformer
+from tinyonn_jax.training.step import Aux, LossFn
+
+
+def make_rule(config: Config) -> LearningRule:
+    """The learning rule that a configuration names."""
+    cfg = config.learning
+    match cfg.rule:
+        case "none":
+            return none()
+        case "backprop":
+            return backprop(cfg.balance)
+        case "sars":
+            return sars(cfg.granularity, cfg.prior_sign, cfg.goodness_gate)
+
+
+def token_losses(logits: Float[Array, "*R B T V"], tokens: Int[Array, "B T"]) -> tuple[Float[Array, "*R B T"], Array]:
+    """Cross-entropy of the next token, in nats, and whether the most likely one is right; the last position counts for nothing."""
+    targets = jnp.roll(tokens, -1, -1)
+    hot = targets[..., None] == jnp.arange(logits.shape[-1])
+    loss = -jnp.sum(jnp.where(hot, jax.nn.log_softmax(logits, -1), 0), -1)
+    return loss, jnp.argmax(logits, -1) == targets
+
+
+def measure(logits: Float[Array, "B T V"], batch: Any) -> dict[str, Array]:
+    """`main_acc` share of trained tokens predicted right; `exact` share of sequences without a wrong one; `tau`; `tokens` real ones."""
+    _, right = token_losses(logits, batch.tokens)
+    real = jnp.max(batch.loss_mask, -1) > 0
+    exact = jnp.all(right | (batch.loss_mask == 0), -1) & real
+    return {
+        "main_acc": jnp.sum(right * batch.loss_mask) / jnp.maximum(jnp.sum(batch.loss_mask), 1),
+        "exact": jnp.sum(exact) / jnp.maximum(jnp.sum(real), 1),
+        "tau": integrity.tau(logits, batch.loss_mask),
+        "tokens": jnp.sum(batch.length),
+    }
+
+
+def make_loss(config: Config, rule: LearningRule) -> LossFn:
+    """Mean cross-entropy over trained tokens. With deep supervision s, every recursion before the last adds s / (R - 1) of its loss."""
+    cfg = config.model
+
+    def loss_fn(params: Any, taps: Any, batch: Any) -> tuple[Array, Aux]:
+        deep = cfg.deep_supervision > 0 and cfg.depth > 1
+        out = transformer.apply(params, batch, cfg, taps, isolate=rule.isolate, steps=deep)
+        loss, _ = token_losses(out.steps if out.steps is not None else out.logits, batch.tokens)
+        mean = jnp.sum(loss * batch.loss_mask, (-2, -1)) / jnp.maximum(jnp.sum(batch.loss_mask), 1)
+        if deep:
+            mean = mean[-1] + cfg.deep_supervision * jnp.mean(mean[:-1])
+        return mean, Aux(out.routings, measure(out.logits, batch))
+
+    return loss_fn

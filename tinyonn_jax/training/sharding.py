@@ -1,0 +1,105 @@
+"""Where arrays live: a mesh of devices, one table from logical axes to mesh axes, and shardings derived from it.
+
+Mesh axes: `data` splits the batch; `fsdp` splits the batch and every parameter along its `embed` axis. Parameters are born
+sharded (eval_shape → shardings → jitted init), and optimizer state takes the sharding of the parameter it belongs to.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tinyonn_jax.config import ConfigError, MeshConfig
+from tinyonn_jax.layers.base import Param, is_param
+
+T = TypeVar("T")
+
+MESH_AXES = ("data", "fsdp")
+RULES: dict[str, tuple[str, ...]] = {"batch": ("data", "fsdp"), "embed": ("fsdp",)}
+"""Logical axis → mesh axes; an axis that is not named here is never split."""
+
+
+def make_mesh(cfg: MeshConfig) -> Mesh:
+    """The mesh `data × fsdp` over the devices of all processes, with automatic partitioning.
+
+    `data` 0 takes all that remain; a single process may use fewer devices than there are.
+
+    Raises:
+        ConfigError: the devices do not divide so.
+    """
+    devices = jax.devices()
+    data = cfg.data or len(devices) // cfg.fsdp
+    if not cfg.data and (data == 0 or len(devices) % cfg.fsdp):
+        raise ConfigError(f"mesh.fsdp ({cfg.fsdp}) does not divide the {len(devices)} devices: choose a divisor or set mesh.data")
+    used = data * cfg.fsdp
+    if used > len(devices) or (jax.process_count() > 1 and used != len(devices)):
+        need = "needs" if used > len(devices) else "leaves some of the processes without a device: it takes"
+        raise ConfigError(f"mesh.data × mesh.fsdp ({data} × {cfg.fsdp}) {need} {used} devices, and there are {len(devices)}")
+    return jax.make_mesh((data, cfg.fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:used])
+
+
+def partition(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    """How an array with these logical axes is split. A dimension that does not divide stays whole.
+
+    Raises:
+        ValueError: two of its axes are split over the same mesh axis.
+    """
+    split, taken = [], set()
+    for name, size in zip(axes, shape, strict=True):
+        over = tuple(a for a in RULES.get(name or "", ()) if a in mesh.shape)
+        if taken & set(over):
+            raise ValueError(f"logical axes {axes} split over the same mesh axis twice: {sorted(taken & set(over))}")
+        taken |= set(over)
+        split.append(over if size % int(np.prod([mesh.shape[a] for a in over])) == 0 and over else None)
+    return PartitionSpec(*split)
+
+
+def shardings(mesh: Mesh, spec: Any) -> Any:
+    """A `NamedSharding` for every `Param` of a spec."""
+    return jax.tree.map(lambda p: NamedSharding(mesh, partition(mesh, p.axes, p.shape)), spec, is_leaf=is_param)
+
+
+def state_shardings(mesh: Mesh, spec: Any, state: T) -> T:
+    """A `NamedSharding` for every leaf of a state (of arrays or `jax.ShapeDtypeStruct`s) over parameters of `spec`.
+
+    A leaf belongs to the parameter whose path ends its own and whose shape it has (the parameters, their average, moments of an
+    optimizer); all others are replicated.
+    """
+    known = {path: p for path, p in jax.tree_util.tree_leaves_with_path(spec, is_leaf=is_param) if isinstance(p, Param)}
+    longest = max(map(len, known), default=0)
+
+    def of(path, leaf) -> NamedSharding:
+        for n in range(min(longest, len(path)), 0, -1):
+            param = known.get(path[-n:])
+            if param is not None and param.shape == leaf.shape:
+                return NamedSharding(mesh, partition(mesh, param.axes, param.shape))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def abstract(mesh: Mesh, spec: Any, make: Callable[[], T]) -> T:
+    """What `make` would return, as `jax.ShapeDtypeStruct`s with the shardings it should have."""
+    shapes = jax.eval_shape(make)
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, state_shardings(mesh, spec, shapes)
+    )
+
+
+def born_sharded(make: Callable[[], T], like: T) -> T:
+    """What `make` returns, each array made where `like` says it belongs: no device ever holds the whole."""
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))()
+
+
+def shard_batch(mesh: Mesh, batch: T) -> T:
+    """Host arrays of one batch, this process's rows, as global arrays split by rows over all devices of the mesh.
+
+    Raises:
+        ValueError: the rows do not divide by the devices.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,0 +1,38 @@
+"""Everything a run needs to go on from where it stopped, as arrays."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from tinyonn_jax.learning.rule import MetaState
+
+
+@flax.struct.dataclass
+class TrainState:
+    """`step` done so far; `params` and their moving average `ema`; both optimizers' `opt_state`; `meta` of the learning rule; `rng` key
+    data; `skipped`: consecutive steps skipped for a non-finite loss or gradient."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: optax.OptState
+    meta: MetaState
+    ema: Any
+    rng: Array
+    skipped: Int[Array, ""]
+
+    @classmethod
+    def create(cls, params: Any, tx: optax.GradientTransformation, meta: MetaState, seed: int = 0) -> "TrainState":
+        """The state before the first step. The average starts as a copy: a donated state must not hold one buffer twice."""
+        return cls(
+            step=jnp.int32(0),
+            params=params,
+            opt_state=tx.init(params),
+            meta=meta,
+            ema=jax.tree.map(jnp.copy, params),
+            rng=jax.random.key_data(jax.random.key(seed)),
+            skipped=jnp.int32(0),
+        )

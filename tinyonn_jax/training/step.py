@@ -1,0 +1,133 @@
+"""The train step: one backward pass gives the main gradients and every surprise signal; surprise teaches the routers.
+
+    (loss, aux), (grads, tapped) = value_and_grad(loss_fn, (params, taps))
+    signals                      = read(tapped)
+    grads of routers            += grad of rule.objective(routers, routings, signals)
+    updates                      = optax.multi_transform(main, meta)
+
+A step whose loss or gradient is not finite changes nothing but the count of skipped steps.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from tinyonn_jax.layers.routing import Routing
+from tinyonn_jax.layers.tap import Tap
+from tinyonn_jax.learning import signals as surprise
+from tinyonn_jax.learning.integrity import predictive_integrity
+from tinyonn_jax.learning.rule import LearningRule, layers, replace_layer, routers
+from tinyonn_jax.training.state import TrainState
+
+
+@flax.struct.dataclass
+class Aux:
+    """What a loss function returns besides the loss: one `Routing` for each routed layer, by the dotted path of its params, and metrics."""
+
+    routings: dict[str, Routing]
+    metrics: dict[str, Array]
+
+
+LossFn = Callable[[Any, dict[str, Tap] | None, Any], tuple[Array, Aux]]
+Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+
+
+def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: Any, batch: Any):
+    """Gradients of one batch: main for modules, meta (plus main, for rules without isolation) for routers.
+
+    Returns (grads, routings, signals, metrics).
+
+    Raises:
+        ValueError: the names of the routings are not those of the routed layers in `params`.
+    """
+    _, shapes = jax.eval_shape(loss_fn, params, None, batch)
+    if set(shapes.routings) != set(layers(params)):
+        raise ValueError(f"loss_fn returned routings {sorted(shapes.routings)}, but the routed layers are {sorted(layers(params))}")
+    taps = surprise.make_taps(shapes.routings)
+    (loss, aux), (grads, tapped) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(params, taps, batch)
+    signals = surprise.read(tapped, aux.routings)
+
+    objective = jax.value_and_grad(rule.objective, has_aux=True)
+    (meta_loss, rule_metrics), meta_grads = objective(routers(params), aux.routings, signals, meta)
+    for name, layer in layers(grads).items():
+        grads = replace_layer(grads, name, layer.replace(router=jax.tree.map(jnp.add, layer.router, meta_grads[name])))
+    grads = rule.adjust(grads, aux.routings, signals, meta)
+
+    metrics = {"main_loss": loss, "meta_loss": meta_loss, **aux.metrics, **_routing_metrics(params, aux.routings, signals, rule_metrics)}
+    return grads, aux.routings, signals, metrics
+
+
+def _routing_metrics(params: Any, routings: Any, signals: Any, rule_metrics: Any) -> dict[str, Any]:
+    """Per layer under `layers`, and their averages at the top."""
+    rule_metrics = dict(rule_metrics)
+    per_layer = rule_metrics.pop("layers", {})
+    found = {
+        name: {
+            **surprise.summary(routing, signals[name]),
+            "gate_mean": jnp.mean(layers(params)[name].router.gate),
+            "gate_std": jnp.std(layers(params)[name].router.gate),
+            "gate_max": jnp.max(layers(params)[name].router.gate),
+            **per_layer.get(name, {}),
+        }
+        for name, routing in routings.items()
+    }
+    if not found:
+        return rule_metrics
+    scalars = [key for key, value in next(iter(found.values())).items() if jnp.ndim(value) == 0]
+    return {**rule_metrics, **{k: surprise.average([m[k] for m in found.values()]) for k in scalars}, "layers": found}
+
+
+def _group_norm(grads: Any, meta: bool) -> Array:
+    """Global gradient norm of the routers, or of everything else."""
+    router_grads = routers(grads)
+    squares = optax.tree.norm(router_grads, squared=True) if router_grads else jnp.float32(0)
+    return jnp.sqrt(squares if meta else jnp.maximum(optax.tree.norm(grads, squared=True) - squares, 0))
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    rule: LearningRule,
+    tx: optax.GradientTransformation,
+    ema: float = 0.0,
+    pi: tuple[float, float] = (0.1, 1.0),
+) -> Step:
+    """The step `(state, batch) -> (state, metrics)`, jitted, with the state donated.
+
+    `loss_fn(params, taps, batch) -> (loss, Aux)`; `taps` is None or a dict to hand to the layers, by the same names as the
+    routings. `ema` is the decay of the parameters' moving average (0: the parameters themselves); `pi` the α and γ of predictive
+    integrity, which is reported where the loss function reports `tau`.
+    """
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        grads, routings, signals, metrics = gradients(loss_fn, rule, state.params, state.meta, batch)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))  # short memory at first, as there is little to remember
+        new = state.replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            meta=rule.update(state.meta, routings, signals, metrics),
+            ema=jax.tree.map(lambda old, p: decay * old + (1 - decay) * p, state.ema, params),
+            skipped=jnp.int32(0),
+        )
+        norm_main, norm_meta = _group_norm(grads, meta=False), _group_norm(grads, meta=True)
+        finite = jnp.isfinite(metrics["main_loss"]) & jnp.isfinite(norm_main) & jnp.isfinite(norm_meta)
+        kept = state.replace(step=state.step + 1, skipped=state.skipped + 1)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
+        if "tau" in metrics:
+            metrics["pi"] = predictive_integrity(metrics["main_loss"], metrics["tau"], metrics.get("surprise_output", 0.0), *pi)
+        metrics |= {
+            "grad_norm_main": norm_main,
+            "grad_norm_meta": norm_meta,
+            "ema_acc": new.meta.accuracy,
+            "skipped": new.skipped,
+        }
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=0)
