@@ -164,13 +164,13 @@ class DataConfig:
     """The tasks: what is learned from and what is scored."""
 
     train: tuple[str, ...] = ("arc1",)
-    """Training sources: arc1, arc2 (their training splits), arc1/evaluation, a folder of task files, or a Kaggle *_challenges.json."""
+    """Training sources: arc1, arc2 (their training splits), arc1/evaluation and the like, a folder of task files, or a Kaggle *_challenges.json."""
     eval: str = "arc1/training"
     """Scored source: arc1, arc2 (their evaluation splits), arc1/training, a folder, or a Kaggle *_challenges.json."""
     max_grid: int = 0
     """Keep only tasks whose every grid is at most this many cells high and wide; 0 keeps all."""
     smallest: int = 0
-    """Keep only this many tasks per source, those with the fewest tokens; 0 keeps all."""
+    """Keep only this many tasks per source, those with the fewest tokens in their mean demonstration; 0 keeps all."""
     format: Literal["pair", "context"] = "pair"
     """pair: one pair a sequence, with a task embedding; context: all demonstrations, then the test input."""
     holdout: bool = False
@@ -179,7 +179,7 @@ class DataConfig:
     """Train under random dihedral transforms and colour permutations."""
     permute_zero: bool = False
     """Let colour permutations move colour 0 as well."""
-    buckets: tuple[int, ...] = (16, 24, 32, 48, 64, 96, 128, 192, 256)
+    buckets: tuple[int, ...] = (32, 48, 64, 96, 128, 160, 192, 224)
     """Sequence lengths that are compiled, in tokens, rising."""
     tokens_per_batch: int = 2048
     """Padded tokens in one batch; must be at least the longest bucket."""
@@ -222,6 +222,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "log_every", "checkpoint_every", "keep"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.seed >= 0, f"train.seed must not be negative, got {self.seed}")
         _require(self.validate_every >= 0, f"train.validate_every must not be negative, got {self.validate_every}")
 
 
@@ -238,7 +239,7 @@ class EvalConfig:
     batch: int = 64
     """Sequences decoded side by side."""
     entropy_stop: float = 0.0
-    """Stop recursing once a sequence's mean output entropy is below this, in nats; 0 uses every recursion."""
+    """A token stops recursing once its output entropy is below this, in nats; 0 uses every recursion."""
     blank_task: bool = False
     """Replace the task embedding by zero, to measure how much the score leans on it."""
 
@@ -349,11 +350,14 @@ PRESETS: dict[str, tuple[str, Config]] = {
     ),
     "demo": (
         "the 30 smallest ARC-AGI-1 training tasks; about five minutes on two CPU cores",
-        Config(data=DataConfig(smallest=30), train=TrainConfig(steps=2200, validate_every=500)),
+        Config(
+            data=DataConfig(smallest=30, buckets=(24, 32, 48, 64), tokens_per_batch=1024),
+            train=TrainConfig(steps=4000, validate_every=1000),
+        ),
     ),
     "laptop": (
         "the 178 ARC-AGI-1 training tasks with grids up to 10 x 10; about twenty minutes on two CPU cores",
-        Config(data=DataConfig(max_grid=10), train=TrainConfig(steps=8800, validate_every=2000)),
+        Config(data=DataConfig(max_grid=10), train=TrainConfig(steps=8800, log_every=50, validate_every=2000)),
     ),
     "arc1": (
         "ARC-AGI-1, scored on its 400 evaluation tasks; one large GPU, bfloat16",

@@ -91,6 +91,12 @@ def drln(v: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
     return v / jnp.where(peak > 0, peak, 1.0)
 
 
+def entropy(logits: Float[Array, "*R P"]) -> Float[Array, "*R"]:
+    """Entropy of softmax(logits) over the last axis, in nats."""
+    log_p = jax.nn.log_softmax(logits, -1)
+    return -jnp.sum(jnp.exp(log_p) * log_p, -1)
+
+
 def match(x: Float[Array, "N D"], proto: Float[Array, "M D"], cfg: RouterConfig) -> Float[Array, "N M"]:
     """Cosine similarity x·p / (‖x‖‖p‖), or dot product x·p / √D (seeds 0 and 1)."""
     if cfg.match == "dot":

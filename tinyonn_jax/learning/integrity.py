@@ -4,15 +4,14 @@ Source: seed 2 (core metrics), seed 3 §3.2; MECHANISMS §7.
 """
 
 import jax.numpy as jnp
-from jax.nn import log_softmax
 from jaxtyping import Array, Float
+
+from tinyonn_jax.layers.routing import entropy
 
 
 def tau(logits: Float[Array, "*B V"], mask: Float[Array, "*B"]) -> Array:
     """Mean entropy of the output distribution over the positions where `mask` is 1, in nats."""
-    log_p = log_softmax(logits.astype(jnp.float32), -1)
-    entropy = -jnp.sum(jnp.exp(log_p) * log_p, -1)
-    return jnp.sum(entropy * mask) / jnp.maximum(jnp.sum(mask), 1)
+    return jnp.sum(entropy(logits.astype(jnp.float32)) * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def predictive_integrity(loss: Array, tau: Array, surprise: Array, alpha: float, gamma: float) -> Array:

@@ -14,10 +14,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
-from jax.nn import log_softmax
 from jaxtyping import Array, Float
 
-from tinyonn_jax.layers.routing import Routing, drln, per_module
+from tinyonn_jax.layers.routing import Routing, drln, entropy, per_module
 from tinyonn_jax.learning.rule import LearningRule, initial, layers, logits_of, mean_over_tokens, record, replace_layer
 from tinyonn_jax.learning.signals import Signals
 
@@ -41,12 +40,6 @@ def goodness(routing: Routing, signals: Signals, granularity: Granularity) -> Fl
         used = per_module(jnp.ones_like(routing.weight), routing) > 0
     importance, cost, used, belief = (_competing(v, routing) for v in (importance, cost, used, routing.logits))
     return stop_gradient(jnp.where(used, drln(importance) * (drln(belief) - drln(cost)), 0.0))
-
-
-def entropy(logits: Float[Array, "*R P"]) -> Float[Array, "*R"]:
-    """Entropy of softmax(logits), in nats."""
-    log_p = log_softmax(logits, -1)
-    return -jnp.sum(jnp.exp(log_p) * log_p, -1)
 
 
 def sars(

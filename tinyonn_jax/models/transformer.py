@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tinyonn_jax.config import ModelConfig
 from tinyonn_jax.layers import attention, dynmoe, dynsiha_plus, experts
 from tinyonn_jax.layers.base import Param, normal, ones, rms_norm, stack
-from tinyonn_jax.layers.routing import RouterConfig, Routing
+from tinyonn_jax.layers.routing import RouterConfig, Routing, entropy
 from tinyonn_jax.layers.tap import Tap
 
 VOCAB = 14
@@ -51,11 +51,13 @@ class Params:
 
 @flax.struct.dataclass
 class Output:
-    """`logits [B,T,V]` float32 of the last recursion; `steps [R,B,T,V]` of all of them, if asked for; a `Routing` per routed layer."""
+    """`logits [B,T,V]` float32 of the last recursion; `steps [R,B,T,V]` of all of them, if asked for; a `Routing` per routed layer;
+    `depth [B,T]` recursions each token used."""
 
     logits: Float[Array, "B T V"]
     steps: Float[Array, "R B T V"] | None
     routings: dict[str, Routing]
+    depth: Int[Array, "B T"]
 
 
 def _routers(cfg: ModelConfig, isolate: bool) -> tuple[RouterConfig, RouterConfig]:
@@ -133,24 +135,34 @@ def _block(
     return x + h, routings, cache
 
 
-def _recurse(params: Params, x: Array, cfg: ModelConfig, isolate: bool, where, valid, taps, cache, keep: bool):
-    """The block `depth` times by scan: last x, all x if `keep`, routings and caches with a leading axis R."""
+def _recurse(params: Params, x: Array, cfg: ModelConfig, where, valid=None, taps=None, cache=None, isolate=True, keep=False, stop=0.0):
+    """The block `depth` times by scan: last x, all x if `keep`, routings and caches with a leading axis R, depth used `[B,T]`.
+
+    With `stop` a token keeps its state once its output entropy is below it; its keys and values follow from that state.
+    """
     e0 = x
     run = partial(_block, cfg=cfg, isolate=isolate, where=where, valid=valid)
     if cfg.remat:
         # Decisions are saved, everything else is computed again: a recomputed low-precision logit cannot flip one (seed 2).
         run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names("routing"), prevent_cse=False)
 
-    def body(x, per_step):
+    def body(carry, per_step):
+        x, depth = carry
         index, block, tap, cache = per_step
-        if cfg.inject:
-            x = x + jnp.where(index > 0, e0, 0)
-        x, routings, cache = run(params.block if block is None else block, x, taps=tap, cache=cache)
-        return x, (x if keep else None, routings, cache)
+        y = x + jnp.where(index > 0, e0, 0) if cfg.inject else x
+        y, routings, cache = run(params.block if block is None else block, y, taps=tap, cache=cache)
+        if stop:
+            running = depth == index  # has not stopped before
+            x = jnp.where(running[..., None], y, x)
+            depth = depth + (running & (entropy(_read_out(params, x)) >= stop))
+        else:
+            x, depth = y, depth + 1
+        return (x, depth), (x if keep else None, routings, cache)
 
     blocks = None if cfg.recursed else params.block
-    x, (steps, routings, cache) = jax.lax.scan(body, x, (jnp.arange(cfg.depth), blocks, taps, cache))
-    return x, steps, routings, cache
+    start = (x, jnp.zeros(x.shape[:2], jnp.int32))
+    (x, depth), (steps, routings, cache) = jax.lax.scan(body, start, (jnp.arange(cfg.depth), blocks, taps, cache))
+    return x, steps, routings, cache, jnp.minimum(depth + 1, cfg.depth) if stop else depth
 
 
 def _read_out(params: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -165,14 +177,19 @@ def apply(
     *,
     isolate: bool = True,
     steps: bool = False,
+    stop: float = 0.0,
 ) -> Output:
-    """Logits of a `Batch` for the next token at every position, teacher forced. `steps`: also those of every recursion."""
+    """Logits of a `Batch` for the next token at every position, teacher forced.
+
+    `steps`: also those of every recursion. `stop`: a token stops recursing once its output entropy is below this, in nats
+    (recursed models, at inference; 0: every recursion).
+    """
     t = batch.tokens.shape[1]
     where = attention.context(batch.positions, cfg.head_dim, prefix=batch.prefix, base=cfg.rope_base)
     valid = jnp.arange(t) < batch.length[:, None]
     x = _embed(params, batch.tokens, batch.task, batch.dihedral, cfg)
-    x, every, routings, _ = _recurse(params, x, cfg, isolate, where, valid, taps, None, steps)
-    return Output(_read_out(params, x), _read_out(params, every) if steps else None, routings)
+    x, every, routings, _, depth = _recurse(params, x, cfg, where, valid, taps, isolate=isolate, keep=steps, stop=stop)
+    return Output(_read_out(params, x), _read_out(params, every) if steps else None, routings, depth)
 
 
 def init_cache(cfg: ModelConfig, batch: int, length: int) -> attention.Cache:
@@ -191,12 +208,14 @@ def decode(
     task: Int[Array, " B"],
     dihedral: Int[Array, " B"],
     cfg: ModelConfig,
+    stop: float = 0.0,
 ) -> tuple[Float[Array, "B T V"], attention.Cache]:
     """Next-token logits of T tokens that follow those in the cache, at slots start…start+T-1.
 
-    A prompt goes in at once with start 0 and prefix its length; each later token alone. Every recursion has keys and values of its own.
+    A prompt goes in at once with start 0 and prefix its length; each later token alone. Every recursion has keys and values of
+    its own. `stop` as in `apply`.
     """
     where = attention.context(positions, cfg.head_dim, start, prefix, cfg.rope_base)
     x = _embed(params, tokens, task, dihedral, cfg)
-    x, _, _, cache = _recurse(params, x, cfg, True, where, None, None, cache, False)
+    x, _, _, cache, _ = _recurse(params, x, cfg, where, cache=cache, stop=stop)
     return _read_out(params, x), cache

@@ -209,7 +209,7 @@ def _activation(ax: Axes, rows: Sequence[Row]) -> None:
         steps, shares = column(rows, "layers", name, "active_share")
         modules = loads(rows, name)[1].shape[1]
         if modules:
-            ax.plot(steps, shares, color=_colour(name), linewidth=1.8, label=_name(name))
+            ax.plot(steps, shares * modules, color=_colour(name), linewidth=1.8, label=_name(name))
         right.plot(steps, shares, color=_colour(name), linewidth=1.2, linestyle=(5 * i, (4, 6)))
     ax.set_ylim(bottom=0, top=1.15 * max(ax.get_ylim()[1], 1))
     right.set_ylim(0, max(1.15 * right.get_ylim()[1], 0.01))

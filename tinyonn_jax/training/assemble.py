@@ -1,6 +1,6 @@
-"""From a configuration to what runs: the loss, the rule, the sharded state, the jitted step, the validation, the decoder.
+"""From a configuration to what runs: the sharded state, the jitted step, the validation, the decoder.
 
-The one place that knows which parts a `Config` asks for. Letters: B batch, T positions, R recursions, V vocabulary, M modules.
+Letters: D model, M modules, L layers.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,67 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from tinyonn_jax.arc.batches import Batch
 from tinyonn_jax.arc.evaluate import exact
 from tinyonn_jax.arc.generate import Decoder
 from tinyonn_jax.config import Config
 from tinyonn_jax.layers import base
-from tinyonn_jax.learning import integrity
-from tinyonn_jax.learning.rule import LearningRule, backprop, layers, none, routers
-from tinyonn_jax.learning.sars import sars
+from tinyonn_jax.learning.rule import LearningRule, layers, routers
 from tinyonn_jax.models import transformer
 from tinyonn_jax.training import sharding
+from tinyonn_jax.training.objective import make_loss, make_rule, token_losses
 from tinyonn_jax.training.optim import make_optimizer, schedule
 from tinyonn_jax.training.state import TrainState
-from tinyonn_jax.training.step import Aux, LossFn, Step, make_train_step
-
-
-def make_rule(config: Config) -> LearningRule:
-    """The learning rule; a dense model has no routers, and so nothing to teach them."""
-    cfg = config.learning
-    if config.model.kind == "dense" or cfg.rule == "none":
-        return none()
-    if cfg.rule == "backprop":
-        return backprop(cfg.balance)
-    return sars(cfg.granularity, cfg.prior_sign, cfg.goodness_gate)
-
-
-def cross_entropy(logits: Float[Array, "*R B T V"], batch: Batch) -> Float[Array, "*R"]:
-    """Mean cross-entropy in nats of the next tokens that are trained on."""
-    targets = jnp.roll(batch.tokens, -1, -1)  # the mask is 0 at the last position
-    log_p = jax.nn.log_softmax(logits, -1)
-    loss = -jnp.sum(jnp.where(jax.nn.one_hot(targets, logits.shape[-1], dtype=bool), log_p, 0), -1)
-    return jnp.sum(loss * batch.loss_mask, (-2, -1)) / jnp.maximum(jnp.sum(batch.loss_mask), 1)
-
-
-def make_loss(config: Config, isolate: bool) -> LossFn:
-    """The loss of a `Batch` under `config.model`, in the form that `make_train_step` takes.
-
-    Deep supervision mixes the mean loss of the earlier recursions, weighted, with that of the last. Metrics: `main_acc` of tokens,
-    `exact` of sequences with every output token right, `tau`.
-    """
-    cfg = config.model
-
-    def loss_fn(params, taps, batch):
-        out = transformer.apply(params, batch, cfg, taps, isolate=isolate, steps=cfg.deep_supervision > 0)
-        loss = cross_entropy(out.logits, batch)
-        if out.steps is not None and cfg.depth > 1:
-            earlier = jnp.mean(cross_entropy(out.steps[:-1], batch))
-            loss = (loss + cfg.deep_supervision * earlier) / (1 + cfg.deep_supervision)
-        logits = jax.lax.stop_gradient(out.logits)
-        right = (jnp.argmax(logits, -1) == jnp.roll(batch.tokens, -1, -1)) * batch.loss_mask
-        real = batch.length > 0
-        metrics = {
-            "main_acc": jnp.sum(right) / jnp.maximum(jnp.sum(batch.loss_mask), 1),
-            "exact": jnp.sum(exact(logits, batch) & real) / jnp.maximum(jnp.sum(real), 1),
-            "tau": integrity.tau(logits, batch.loss_mask),
-        }
-        return loss, Aux(out.routings, metrics)
-
-    return loss_fn
+from tinyonn_jax.training.step import LossFn, Step, make_train_step
 
 
 @dataclass(frozen=True)
@@ -93,14 +48,15 @@ class Program:
 def assemble(config: Config, mesh: Mesh, tasks: int, example: Batch) -> Program:
     """The program of a run with `tasks` tasks; `example` is any batch."""
     rule = make_rule(config)
-    loss_fn = make_loss(config, rule.isolate)
+    loss_fn = make_loss(config, rule)
     spec = transformer.spec(config.model, tasks)
     tx = make_optimizer(config.optim, config.train.steps, frozen_routers=config.learning.rule == "none")
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), spec, is_leaf=base.is_param)
+    routings = jax.eval_shape(loss_fn, shapes, None, example)[1].routings
 
     def make() -> TrainState:
         params = base.init(jax.random.key(config.train.seed), spec)
-        _, shapes = jax.eval_shape(loss_fn, params, None, example)
-        return TrainState.create(params, tx, rule.init(params, shapes.routings), config.train.seed)
+        return TrainState.create(params, tx, rule.init(params, routings), config.train.seed)
 
     like = sharding.abstract(mesh, spec, make)
     return Program(
@@ -135,16 +91,17 @@ def make_validation(program: Program, batches: Callable[[], Iterable[Batch]]) ->
     cfg = program.config.model
 
     @jax.jit
-    def sums(params, batch: Batch) -> Array:
+    def sums(params, batch: Any) -> Array:
         logits = transformer.apply(params, batch, cfg).logits
-        count, real = jnp.sum(batch.loss_mask), batch.length > 0
-        right = jnp.sum((jnp.argmax(logits, -1) == jnp.roll(batch.tokens, -1, -1)) * batch.loss_mask)
-        return jnp.stack([cross_entropy(logits, batch) * count, right, jnp.sum(exact(logits, batch) & real), count, jnp.sum(real)])
+        loss, right = token_losses(logits, batch.tokens)
+        real = batch.length > 0
+        each = (loss * batch.loss_mask, right * batch.loss_mask, exact(logits, batch) & real, batch.loss_mask, real)
+        return jnp.stack([jnp.sum(x).astype(jnp.float32) for x in each])
 
     def validate(state: TrainState) -> dict[str, float]:
         parts = [np.asarray(sums(state.ema, program.put(batch)), np.float64) for batch in batches()]
-        loss, right, exact_sequences, tokens, sequences = np.sum(parts, 0)
-        return {"valid_loss": loss / tokens, "valid_acc": right / tokens, "valid_exact": exact_sequences / sequences}
+        loss, right, whole, tokens, sequences = np.sum(parts, 0).tolist()
+        return {"valid_loss": loss / tokens, "valid_acc": right / tokens, "valid_exact": whole / sequences}
 
     return validate
 
@@ -154,14 +111,13 @@ def make_decoder(config: Config, mesh: Mesh) -> Decoder:
     cfg = config.model
 
     def rows(tree: Any, axis: int) -> Any:
-        spec = PartitionSpec(*(None,) * axis, sharding.RULES["batch"])
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)), tree)
+        over = NamedSharding(mesh, PartitionSpec(*(None,) * axis, sharding.RULES["batch"]))
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, over), tree)
 
-    def decode(params, cache, tokens, positions, start, prefix, task, dihedral):
-        inputs = rows((tokens, positions, start, prefix, task, dihedral), 0)
-        return transformer.decode(params, cache, *inputs, cfg)
-
-    return Decoder(lambda batch, length: rows(transformer.init_cache(cfg, batch, length), 1), decode)
+    return Decoder(
+        lambda batch, length: rows(transformer.init_cache(cfg, batch, length), 1),
+        lambda params, cache, *inputs: transformer.decode(params, cache, *rows(inputs, 0), cfg),
+    )
 
 
 def count_parameters(spec: Any) -> dict[str, Any]:
@@ -177,14 +133,19 @@ def count_parameters(spec: Any) -> dict[str, Any]:
 
 
 def routing_snapshot(state: TrainState, metrics: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What `routing_latest.npz` holds: prototypes, mean goodness and lifetime share of use of every routed layer.
+    """What `routing_latest.npz` holds of every routed layer (of stacked blocks, the last).
 
-    `{layer}.proto [M,D]`, `{layer}.goodness [M]` (0 where the rule measures none), `{layer}.usage [M]`; of stacked blocks the last.
+    `{layer}.proto [M,D]`; `{layer}.goodness [M]`, mean over the step's tokens, 0 where the rule measures none; `{layer}.usage [M]`,
+    each module's share of all slots served so far. Every process must call it.
     """
     snapshot: dict[str, np.ndarray] = {}
     for name, layer in layers(state.params).items():
-        proto, used = np.asarray(layer.router.proto), np.asarray(state.meta.records[name])
+        proto, used = _fetch(layer.router.proto), _fetch(state.meta.records[name])
         proto, used = (proto[-1], used[-1]) if proto.ndim == 3 else (proto, used)
-        goodness = metrics.get("layers", {}).get(name, {}).get("goodness", np.zeros(len(proto)))
+        goodness = metrics["layers"][name].get("goodness", np.zeros(len(proto)))
         snapshot |= {f"{name}.proto": proto, f"{name}.goodness": np.asarray(goodness), f"{name}.usage": used / max(used.sum(), 1)}
     return snapshot
+
+
+def _fetch(x: Any) -> np.ndarray:
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))

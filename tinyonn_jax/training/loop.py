@@ -64,6 +64,12 @@ class _Pace:
     tokens: int
     since: float
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
+
 
 def run(
     step: Callable[[S, Any], tuple[S, dict[str, Any]]],
@@ -79,7 +85,7 @@ def run(
     tokens: Callable[[B], int] = lambda batch: 0,
     validate: Callable[[S], dict[str, float]] | None = None,
     score: str = "valid_exact",
-    on_checkpoint: Callable[[int, S], None] | None = None,
+    on_checkpoint: Callable[[int, S, dict[str, Any]], None] | None = None,
     started: float | None = None,
 ) -> S:
     """Trains from `state.step` to `cfg.steps` and returns the last state.
@@ -92,7 +98,7 @@ def run(
         put: brings a host batch to the devices.
         tokens: real tokens in a host batch.
         validate: measures a state; its numbers join the row of that step, and the one named `score` ranks the checkpoint.
-        on_checkpoint: called with each step and state that is saved.
+        on_checkpoint: called with each step that is saved, its state and metrics.
         started: `time.time()` when the program started.
 
     Raises:
@@ -104,7 +110,7 @@ def run(
     pace = _Pace(0, time.perf_counter())
 
     def look_at(n: int, metrics: dict[str, Any], seen: int, validation: Mapping[str, float] | None = None) -> None:
-        """Checks step n and writes its row if one is due. Reading `skipped` waits for the step, so that few are in flight."""
+        """Checks step n and writes its row if one is due. Reading `skipped` waits for it, so that few steps are in flight."""
         skipped = int(metrics.get("skipped", 0))
         if skipped >= max_skipped:
             raise DivergedError(
@@ -115,9 +121,9 @@ def run(
         if n == 1 or n % cfg.log_every == 0 or n == cfg.steps or validation is not None:
             now = time.perf_counter()
             row = {
+                "tokens": seen,
                 **jax.device_get(metrics),
                 **(validation or {}),
-                "tokens": seen,
                 "seconds": round(time.time() - started, 3),
                 "tokens_per_second": round(pace.tokens / max(now - pace.since, 1e-9), 1),
             }
@@ -138,13 +144,17 @@ def run(
             validating = validate is not None and (n == cfg.steps or (cfg.validate_every > 0 and n % cfg.validate_every == 0))
             if not (stopping or validating or n % cfg.checkpoint_every == 0 or n == cfg.steps):
                 continue
-            validation = validate(state) if validate is not None and validating else None
+            validation = None
+            if validate is not None and validating:
+                jax.block_until_ready(metrics)
+                with pace.paused():
+                    validation = validate(state)
             look_at(*last, validation)
-            last, began = None, time.perf_counter()
-            checkpoints.save(n, state, None if validation is None else validation.get(score))
-            if on_checkpoint is not None:
-                on_checkpoint(n, state)
-            pace.since += time.perf_counter() - began
+            last = None
+            with pace.paused():
+                checkpoints.save(n, state, None if validation is None else validation.get(score))
+                if on_checkpoint is not None:
+                    on_checkpoint(n, state, metrics)
             if stopping:
                 checkpoints.wait()
                 raise InterruptedRun(stopping, n)

@@ -1,0 +1,320 @@
+"""The ratios this project promises, measured: `python experiments/benchmark.py [--only NAME …] [--json FILE]`.
+
+Ratios are taken in one process, runs interleaved in random order, medians, in CPU time on a CPU (`time.process_time`) and wall
+time elsewhere; the row `noise` is one function against itself. A row is ok when its value keeps its limit.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from tinyonn_jax.arc import tokens
+from tinyonn_jax.arc.batches import Batch, batch_at, build_dataset
+from tinyonn_jax.arc.tasks import load_task_sets
+from tinyonn_jax.config import PRESETS, Config, LearningConfig, ModelConfig, OptimConfig
+from tinyonn_jax.layers import base, experts
+from tinyonn_jax.layers.routing import RouterConfig, per_module, route
+from tinyonn_jax.layers.routing import spec as router_spec
+from tinyonn_jax.learning.rule import backprop
+from tinyonn_jax.models import transformer
+from tinyonn_jax.training import optim
+from tinyonn_jax.training.objective import make_loss, make_rule
+from tinyonn_jax.training.state import TrainState
+from tinyonn_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measured figure: ok when value ≤ limit, or ≥ limit with `least`."""
+
+    row: str
+    value: float
+    limit: float
+    unit: str = "ratio"
+    least: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether the value keeps its limit."""
+        return self.value >= self.limit if self.least else self.value <= self.limit
+
+
+clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+
+
+def medians(functions: dict[str, Callable[[], Any]], repeats: int = 9, seconds: Callable[[], float] = clock) -> dict[str, float]:
+    """Median seconds of each function, warmed up, runs interleaved in random order."""
+    for function in functions.values():
+        jax.block_until_ready(function())
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    order = [name for name in functions for _ in range(repeats)]
+    random.Random(0).shuffle(order)
+    for name in order:
+        start = seconds()
+        jax.block_until_ready(functions[name]())
+        taken[name].append(seconds() - start)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def random_batch(sequences: int, length: int) -> Batch:
+    """Random tokens on random cells, the second half trained on."""
+    rng = np.random.default_rng(0)
+    mask = np.zeros((sequences, length), np.float32)
+    mask[:, length // 2 : -1] = 1
+    zeros = np.zeros(sequences, np.int32)
+    return jax.tree.map(
+        jnp.asarray,
+        Batch(
+            tokens=rng.integers(0, tokens.VOCAB, (sequences, length), np.int32),
+            positions=rng.integers(0, 10, (sequences, length, 3)).astype(np.int32),
+            prefix=zeros + length // 2,
+            length=zeros + length,
+            loss_mask=mask,
+            task=zeros,
+            dihedral=zeros,
+        ),
+    )
+
+
+def whole_step(model: ModelConfig, batch: Batch, rule: str = "sars") -> tuple[Callable[[], Any], Any]:
+    """The project's whole train step as a closure that carries its state along, and the compiled program."""
+    config = dataclasses.replace(Config(), model=model, learning=LearningConfig(rule=rule))  # pyright: ignore[reportArgumentType]
+    learning = make_rule(config)
+    loss = make_loss(config, learning)
+    tx = optim.make_optimizer(OptimConfig(matrices="adamw"), 1000)
+    params = jax.jit(lambda key: base.init(key, transformer.spec(model, 1)))(jax.random.key(0))
+    routings = jax.eval_shape(loss, params, None, batch)[1].routings
+    box = [TrainState.create(params, tx, learning.init(params, routings))]
+    program = make_train_step(loss, learning, tx, ema=0.995).lower(box[0], batch).compile()
+
+    def run():
+        box[0], metrics = program(box[0], batch)
+        return metrics["main_loss"]
+
+    return run, program
+
+
+def plain_step(model: ModelConfig, batch: Batch) -> Callable[[], Any]:
+    """The conventional step: same forward, router through the main loss, one AdamW; no signals, no meta loss, no bookkeeping."""
+    config = dataclasses.replace(Config(), model=model, learning=LearningConfig(rule="backprop"))
+    loss = make_loss(config, backprop())
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optim.schedule(3e-3, 1000, OptimConfig()), weight_decay=0.1))
+    params = jax.jit(lambda key: base.init(key, transformer.spec(model, 1)))(jax.random.key(0))
+
+    def step(params, opt_state, batch):
+        (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params, None, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    program = jax.jit(step, donate_argnums=(0, 1))
+    box = [params, tx.init(params)]
+
+    def run():
+        box[0], box[1], value = program(box[0], box[1], batch)
+        return value
+
+    return run
+
+
+def noise() -> Iterator[Row]:
+    """One step against itself."""
+    batch = random_batch(8, 128)
+    run, _ = whole_step(ModelConfig(), batch)
+    m = medians({"a": run, "b": run})
+    yield Row("noise: a step ÷ itself", m["a"] / m["b"], 1.05)
+
+
+def signals() -> Iterator[Row]:
+    """All signals and SARS against the plain step."""
+    batch = random_batch(16, 128)
+    for e in (8, 32):
+        model = ModelConfig(experts=e, depth=4)
+        m = medians({"signals": whole_step(model, batch)[0], "plain": plain_step(model, batch)})
+        yield Row(f"signals: step with signals and SARS ÷ plain step, E={e}", m["signals"] / m["plain"], 1.05)
+
+
+def grouped() -> Iterator[Row]:
+    """Dropless grouped experts against every expert on every token under a mask: forward and backward."""
+    n, d, f = 2048, 256, 256
+    x = jax.random.normal(jax.random.key(0), (n, d))
+    for e, limit in ((8, 0.40), (32, 0.12), (128, 0.08)):
+        cfg = RouterConfig(modules=e, slots=2)
+        params = base.init(jax.random.key(1), experts.mlp_spec(d, f, False, e))
+        routing = route(base.init(jax.random.key(2), router_spec(d, cfg)), x, cfg)
+        weight = per_module(routing.weight, routing)
+
+        def routed(params, x, routing=routing):
+            return jnp.sum(experts.routed_mlp(params, x, routing, False) ** 2)
+
+        def dense(params, x, weight=weight):
+            h = jax.nn.silu(jnp.einsum("nd,edf->enf", x, params.w_in))
+            return jnp.sum(jnp.einsum("enf,efd,ne->nd", h, params.w_out, weight) ** 2)
+
+        a, b = jax.jit(jax.grad(routed, (0, 1))), jax.jit(jax.grad(dense, (0, 1)))
+        m = medians({"grouped": lambda a=a, p=params: a(p, x), "dense": lambda b=b, p=params: b(p, x)}, repeats=5)
+        yield Row(f"grouped: dropless ÷ dense with mask, E={e}, K=2", m["grouped"] / m["dense"], limit)
+
+
+def library() -> Iterator[Row]:
+    """A larger library at the same active compute."""
+    batch = random_batch(16, 128)
+    m = medians({str(e): whole_step(ModelConfig(experts=e), batch)[0] for e in (8, 128)}, repeats=5)
+    yield Row("library: step at E=128 ÷ E=8, K=2", m["128"] / m["8"], 2.0)
+
+
+def memory() -> Iterator[Row]:
+    """Temporaries of the compiled step, with remat."""
+    batch = random_batch(16, 128)
+    size = {}
+    for r in (1, 8):
+        _, program = whole_step(ModelConfig(depth=r, remat=True), batch)
+        size[r] = program.memory_analysis().temp_size_in_bytes
+    yield Row("memory: temporaries at R=8 ÷ R=1, remat", size[8] / size[1], 2.0)
+
+
+def large() -> Iterator[Row]:
+    """The size at which an earlier PyTorch implementation took 8.2 s and 6.7 GB on two cores."""
+    model = ModelConfig(
+        dim=512, heads=8, head_dim=64, latent_heads=64, experts=16, expert_hidden=512, active_experts=2, depth=7, remat=True
+    )
+    run, program = whole_step(model, random_batch(1, 254))
+    yield Row("large: D=512, 8 × 8 heads, 16 experts, R=7, 254 tokens", medians({"a": run}, 5, time.perf_counter)["a"], 0.6, "s")
+    m = program.memory_analysis()
+    yield Row("large: state and temporaries", (m.argument_size_in_bytes + m.temp_size_in_bytes) / 1e9, 1.2, "GB")
+
+
+def decoding() -> Iterator[Row]:
+    """Greedy decoding of 400 tokens with the cache, against running the whole sequence again for every token."""
+    model, prompt, new = ModelConfig(depth=4), 100, 400
+    params = base.init(jax.random.key(0), transformer.spec(model, 1))
+    batch = random_batch(1, prompt + new)
+    zero = jnp.zeros(1, jnp.int32)
+
+    @jax.jit
+    def cached(params, tokens):
+        cache = transformer.init_cache(model, 1, prompt + new)
+        ids = (batch.prefix, batch.task, batch.dihedral, model)
+        logits, cache = transformer.decode(params, cache, tokens[:, :prompt], batch.positions[:, :prompt], zero, *ids)
+
+        def body(i, carry):
+            token, cache = carry
+            at = jnp.full(1, prompt + i)
+            here = jax.lax.dynamic_slice_in_dim(batch.positions, prompt + i, 1, 1)
+            logits, cache = transformer.decode(params, cache, token[:, None], here, at, *ids)
+            return jnp.argmax(logits[:, 0], -1).astype(jnp.int32), cache
+
+        return jax.lax.fori_loop(0, new, body, (jnp.argmax(logits[:, -1], -1).astype(jnp.int32), cache))[0]
+
+    @jax.jit
+    def uncached(params, tokens):
+        def body(i, tokens):
+            logits = transformer.apply(params, batch.replace(tokens=tokens), model).logits
+            token = jnp.argmax(logits[0, prompt + i - 1]).astype(jnp.int32)
+            return tokens.at[0, prompt + i].set(token)
+
+        return jax.lax.fori_loop(0, new, body, tokens)
+
+    m = medians({"cached": lambda: cached(params, batch.tokens), "uncached": lambda: uncached(params, batch.tokens)}, repeats=2)
+    yield Row("decoding: cached ÷ uncached, 400 tokens", m["cached"] / m["uncached"], 0.05)
+
+
+def data() -> Iterator[Row]:
+    """`batch_at` on one core."""
+    dataset = build_dataset(load_task_sets(PRESETS["laptop"][1].data), PRESETS["laptop"][1].data)
+    batch_at(dataset, 0, 0)
+    start, count, steps = time.process_time(), 0, 400
+    for step in range(steps):
+        count += batch_at(dataset, 0, step).tokens.size
+    yield Row("data: batch_at, laptop", count / (time.process_time() - start) / 1e6, 3.0, "M tokens/s", least=True)
+
+
+def start() -> Iterator[Row]:
+    """Process start to first step with a warm compilation cache."""
+    script = str(Path(__file__).with_name("arc.py"))
+    seconds = 0.0
+    for _ in range(2):  # the first run fills the cache
+        with tempfile.TemporaryDirectory() as folder:
+            flags = ["--preset", "laptop", "--workdir", folder, "--train.steps", "1", "--train.log-every", "1"]
+            subprocess.run([sys.executable, script, "train", *flags], check=True, capture_output=True)
+            seconds = json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[0])["seconds"]
+    yield Row("start: process start to first step, laptop, warm cache", seconds, 15.0, "s")
+
+
+def throughput() -> Iterator[Row]:
+    """Padded tokens per second of training, both cores: laptop shapes, recursed dense block."""
+    preset = PRESETS["laptop"][1]
+    config = dataclasses.replace(
+        preset, model=ModelConfig(kind="dense", dim=128, depth=4), learning=LearningConfig(rule="none")
+    )
+    dataset = build_dataset(load_task_sets(config.data), config.data)
+    rule = make_rule(config)
+    loss, tx = make_loss(config, rule), optim.make_optimizer(config.optim, config.train.steps)
+    params = base.init(jax.random.key(0), transformer.spec(config.model, 200))
+    state = TrainState.create(params, tx, rule.init(params, {}))
+    step = make_train_step(loss, rule, tx, config.optim.ema)
+    batches = [batch_at(dataset, 0, i) for i in range(40)]
+    for batch in batches:  # compiles every bucket
+        state, _ = step(state, batch)
+    jax.block_until_ready(state)
+    begin = time.perf_counter()
+    for batch in batches:
+        state, _ = step(state, batch)
+    jax.block_until_ready(state)
+    rate = sum(batch.tokens.size for batch in batches) / (time.perf_counter() - begin)
+    yield Row("throughput: padded tokens/s, laptop, dense recursed d=128 R=4", rate, 16_000, "tokens/s", least=True)
+
+
+ROWS: dict[str, Callable[[], Iterator[Row]]] = {
+    f.__name__: f for f in (noise, signals, grouped, library, memory, large, decoding, data, start, throughput)
+}
+
+
+def machine() -> str:
+    """The device and the rate of a plain float32 matmul on it."""
+    a = jnp.ones((2048, 2048))
+    f = jax.jit(jnp.matmul)
+    rate = 2 * 2048**3 / medians({"a": lambda: f(a, a)}, 5, time.perf_counter)["a"] / 1e9
+    return f"{jax.device_count()} × {jax.devices()[0].device_kind}, jax {jax.__version__}, float32 matmul {rate:.0f} GFLOP/s"
+
+
+def main() -> None:
+    """Measures the chosen rows, prints a table, writes JSON; exit status 1 if a row misses its limit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    rows_help = "; ".join(f"{name}: {(f.__doc__ or '').rstrip('.')}" for name, f in ROWS.items())
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME", help=rows_help)
+    parser.add_argument("--json", type=Path, help="also write the rows to this file: a list of {row, value, limit, ok}")
+    args = parser.parse_args()
+    console = Console()
+    console.print(machine())
+    table = Table("row", "value", "limit", "unit", "ok")
+    rows = []
+    for name in args.only:
+        for row in ROWS[name]():
+            console.print(f"{row.row}: {row.value:.4g} {row.unit}", highlight=False)
+            table.add_row(row.row, f"{row.value:.4g}", f"{'≥' if row.least else '≤'} {row.limit:g}", row.unit, "yes" if row.ok else "NO")
+            rows.append({"row": row.row, "value": row.value, "limit": row.limit, "ok": row.ok})
+            jax.clear_caches()
+    console.print(table)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    sys.exit(not all(row["ok"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
