@@ -21,13 +21,13 @@ SCRIPT = jnp.array([C, C, ROW, C, C, ROW, END])
 
 
 def painter(shapes=None):
-    """A model that answers 2 x 2 cells in the input's colour plus `params[task]`, and a colour alone without a task."""
+    """A model that answers 2 x 2 cells in the input's colour plus `params[task, dihedral]`, and nothing without a task."""
 
     def decode(params, cache, tokens, positions, start, prefix, task, dihedral):
         if shapes is not None:
             shapes.append(tokens.shape)
         seen = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(cache[0], tokens, start)
-        colour = (jnp.take_along_axis(seen, prefix[:, None] - 3, 1) + params[task][:, None]) % 10
+        colour = (jnp.take_along_axis(seen, prefix[:, None] - 3, 1) + params[task, dihedral][:, None]) % 10
         step = jnp.clip(start[:, None] + jnp.arange(tokens.shape[1]) + 1 - prefix[:, None], 0, len(SCRIPT) - 1)
         told = jnp.where(SCRIPT[step] == C, colour, SCRIPT[step])
         told = jnp.where((task >= 0)[:, None], told, END)
@@ -37,7 +37,7 @@ def painter(shapes=None):
 
 
 PAINTER = painter()
-OFFSET = np.array([0, 3, 0])  # task b is answered in the wrong colour
+OFFSET = np.array([[0] * 8, [3] * 8, [0] + [2] * 7])  # task b is answered in a wrong colour, c in all views but the plain one
 DATA = DataConfig(max_grid=3, buckets=(4, 6, 13))
 EVAL = EvalConfig(augmentations=8, batch=5)
 
@@ -66,6 +66,7 @@ def test_end_to_end(decode):
     assert [(c.grid.tolist(), c.votes) for c in first.candidates] == [([[4, 4], [4, 4]], 8)]  # eight views, inverted, agree
     assert first.candidates[0].logprob == pytest.approx(0, abs=1e-4)
     assert found.tasks["b"][0].greedy.tolist() == [[9, 9], [9, 9]]
+    assert found.tasks["c"][0].greedy.tolist() == [[7, 7], [7, 7]]
     assert found.tasks["unseen"][0].greedy is None and found.tasks["unseen"][0].candidates == ()
     assert found.too_long == () and found.checkpoint == 7 and found.augmentations == 8
     validate_submission(build_submission(found), TASKS)
@@ -109,7 +110,7 @@ def test_context_prompts_show_the_demonstrations():
 
 def test_what_is_too_long_is_reported_and_still_an_entry():
     tasks = [TASKS[0], task("large", (1, 1, 3), (3, 3, 2), (1, 6, 8))]  # 14 tokens; 9 lying or 14 standing
-    found = evaluate(PAINTER, np.zeros(2, int), tasks, ("a", "large"), DATA, EVAL)
+    found = evaluate(PAINTER, np.zeros((2, 8), int), tasks, ("a", "large"), DATA, EVAL)
     assert [line.split(":")[0] for line in found.too_long] == ["task large, test input 2", "task large, test input 3"]
     assert "the prompts of 8 views are longer than the largest bucket (13 tokens)" in found.too_long[0]
     assert "the longest has 14" in found.too_long[0] and "--data.buckets" in found.too_long[0]

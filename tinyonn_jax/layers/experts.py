@@ -92,7 +92,7 @@ def _dense(f: Module, params: Any, x: Array) -> Array:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _routed(f, params, x, weight, routing, tap):
     w = per_module(weight, routing)  # [N,M]
-    return jnp.einsum("mnd,nm->nd", _dense(f, params, x), w.astype(x.dtype))
+    return jnp.einsum("mnd,nm->nd", _dense(f, params, x), w).astype(x.dtype)
 
 
 def _routed_fwd(f, params, x, weight, routing, tap):
@@ -109,15 +109,15 @@ def _routed_bwd(f, saved, g):
         return y, d_params, d_x
 
     y, d_params, d_x = jax.vmap(one_module, (0, 1))(params, w)
-    inner = jnp.einsum("mnd,nd->nm", y, g)
+    inner = jnp.einsum("mnd,nd->nm", y, g, preferred_element_type=jnp.float32)
     d_weight = jnp.take_along_axis(inner, routing.index, -1) * routing.active
     if tap is None:
         return d_params, d_x.sum(0), d_weight, None, None
 
     def one_token(x_n, g_n, w_n):  # [M] squared norms of the gradient this token alone causes
         def one(params_m, w_nm):
-            _, vjp = jax.vjp(lambda p: f(p, x_n[None]), params_m)
-            return _squared(vjp((g_n * w_nm)[None])[0])
+            y, vjp = jax.vjp(lambda p: f(p, x_n[None]), params_m)
+            return _squared(vjp((g_n * w_nm)[None].astype(y.dtype))[0])
 
         return jax.vmap(one)(params, w_n)
 

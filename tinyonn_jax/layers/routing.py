@@ -145,7 +145,8 @@ def select(logits: Float[Array, "N M"], cfg: RouterConfig) -> tuple[Array, Array
             active = above | (none & (jnp.arange(k) < cfg.fallback))
     match cfg.weight if cfg.select == "top_k" else {"relu": "relu", "hard": "hard", "threshold": "softmax"}[cfg.select]:
         case "softmax":
-            weight = jax.nn.softmax(jnp.where(active, value, -jnp.inf), -1)
+            lowest = jnp.finfo(jnp.float32).min  # not -inf: a token may have no active slot at all (fallback 0)
+            weight = jnp.where(active, jax.nn.softmax(jnp.where(active, value, lowest), -1), 0)
         case "relu":
             weight = jax.nn.relu(value)
         case _:

@@ -116,12 +116,12 @@ def make_decoder(config: Config, mesh: Mesh) -> Decoder:
 
     return Decoder(
         lambda batch, length: rows(transformer.init_cache(cfg, batch, length), 1),
-        lambda params, cache, *inputs: transformer.decode(params, cache, *rows(inputs, 0), cfg),
+        lambda params, cache, *inputs: transformer.decode(params, cache, *rows(inputs, 0), cfg, stop=config.eval.entropy_stop),
     )
 
 
 def count_parameters(spec: Any) -> dict[str, Any]:
-    """Numbers of parameters: `total`, `embeddings` and `routers` (both in the total), and `groups`, by the part of the network."""
+    """Numbers of parameters: `total`, of which `embeddings` and `routers`, and `groups`, by the part of the network."""
     groups: dict[str, int] = {}
     for path, param in jax.tree_util.tree_leaves_with_path(spec, is_leaf=base.is_param):
         names = [str(getattr(key, "name", key)) for key in path]
@@ -135,8 +135,8 @@ def count_parameters(spec: Any) -> dict[str, Any]:
 def routing_snapshot(state: TrainState, metrics: dict[str, Any]) -> dict[str, np.ndarray]:
     """What `routing_latest.npz` holds of every routed layer (of stacked blocks, the last).
 
-    `{layer}.proto [M,D]`; `{layer}.goodness [M]`, mean over the step's tokens, 0 where the rule measures none; `{layer}.usage [M]`,
-    each module's share of all slots served so far. Every process must call it.
+    `{layer}.proto [M,D]`; `{layer}.goodness [M]`, mean over the step's tokens, 0 where the rule measures none;
+    `{layer}.usage [M]`, each module's share of all slots served so far. Every process must call it.
     """
     snapshot: dict[str, np.ndarray] = {}
     for name, layer in layers(state.params).items():

@@ -97,7 +97,7 @@ def run(
         max_skipped: consecutive skipped steps that end the run.
         put: brings a host batch to the devices.
         tokens: real tokens in a host batch.
-        validate: measures a state; its numbers join the row of that step, and the one named `score` ranks the checkpoint.
+        validate: measures a state; its numbers join that step's row, and the one named `score` ranks the checkpoint.
         on_checkpoint: called with each step that is saved, its state and metrics.
         started: `time.time()` when the program started.
 

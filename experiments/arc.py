@@ -1,0 +1,83 @@
+"""Train on ARC-AGI, evaluate, predict, report, compare: `python experiments/arc.py COMMAND --help`."""
+
+import time
+
+STARTED = time.time()  # before the imports, which take seconds
+
+import json  # noqa: E402
+import sys  # noqa: E402
+from dataclasses import replace  # noqa: E402
+from typing import Any  # noqa: E402
+
+from tinyonn_jax import cli, runs  # noqa: E402
+from tinyonn_jax.arc import submission  # noqa: E402
+from tinyonn_jax.config import ConfigError  # noqa: E402
+from tinyonn_jax.observe import figures, grids, report  # noqa: E402
+from tinyonn_jax.observe.console import print_grids, table  # noqa: E402
+from tinyonn_jax.observe.metrics import percent  # noqa: E402
+
+
+def train(args: cli.Train) -> None:
+    cli.set_up(args.compilation_cache, args.distributed)
+    runs.train(runs.begin(args.workdir, args.config, args.preset, cli.again()), STARTED)
+
+
+def _open(args: cli.Evaluate | cli.Predict) -> tuple[runs.Run, Any]:
+    cli.set_up(args.compilation_cache)
+    run = runs.open_run(args.workdir)
+    checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
+    if checkpoint not in ("latest", "best") and isinstance(checkpoint, str):
+        raise ConfigError(f"checkpoint must be latest, best or a step, got {checkpoint}")
+    return replace(run, config=replace(run.config, eval=args.eval, mesh=args.mesh)), checkpoint
+
+
+def evaluate(args: cli.Evaluate) -> None:
+    score = runs.evaluate(*_open(args), print)
+    header = ["", "outputs", "task mean", "tasks"]
+    names = ("outputs", "task_mean", "tasks")
+    lines = [[name, *(percent(score[name][key]) for key in names)] for name in ("pass@1", "pass@2")]
+    counts = score["counts"]
+    table(f"{counts['outputs']} test outputs of {counts['tasks']} tasks, checkpoint of step {score['checkpoint']}", header, lines)
+    print(f"next: python experiments/arc.py report --workdir {args.workdir}")
+
+
+def predict(args: cli.Predict) -> None:
+    run, checkpoint = _open(args)
+    if bool(args.task) == (args.file is not None):
+        raise ConfigError("predict needs one of --task ID and --file FILE")
+    task = runs.find_task(run, args.task) if args.file is None else runs.read_task(run, args.file)
+    predictions = runs.load(run, checkpoint, print).answer((task,))
+    for line in predictions.too_long:
+        print(line)
+    entries = json.loads(submission.to_json(predictions))["tasks"][task.id]
+    shown = [(pair.input.tolist(), pair.output.tolist()) for pair in task.train if pair.output is not None]
+    for i, (question, answer) in enumerate(shown, 1):
+        print_grids([(f"input {i}", question), (f"output {i}", answer)])
+    for entry in entries:
+        print_grids([("test input", entry["input"]), ("truth", entry["truth"]), *grids.answers(entry)])
+    print(figures.save(grids.task_figure(task.id, entries, shown), args.workdir / "figures" / f"task_{task.id}.png"))
+
+
+def write_report(args: cli.Report) -> None:
+    print(report.write_report(args.workdir))
+
+
+def compare(args: cli.Compare) -> None:
+    print(report.compare(args.workdirs, args.picture))
+
+
+COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "report": write_report, "compare": compare}
+
+
+def main() -> None:
+    program, (command, *args) = "python experiments/arc.py", sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(cli.usage(program))
+    elif command not in COMMANDS:
+        raise ConfigError(f"no command {command!r}; there are {', '.join(COMMANDS)}")
+    else:
+        COMMANDS[command](cli.parse(command, args))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guard(main))

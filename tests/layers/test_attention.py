@@ -1,0 +1,162 @@
+"""Attention: who sees whom by gradient, the CPU path against jax.nn's, rotary positions, cached against uncached."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.layers.naive import CLOSE, make
+from tinyonn_jax.layers import attention
+from tinyonn_jax.layers.base import rotary, rotation
+
+B, T, D, G, C = 2, 6, 8, 2, 6
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(B, T, D)), jnp.float32)
+POSITIONS = jnp.asarray(RNG.integers(0, 5, (B, T, 3)))
+PREFIX = jnp.array([3, 0])
+
+
+@pytest.fixture(scope="module")
+def params():
+    return make(attention.spec(D, G, C))
+
+
+@jax.jit
+def uncached(params, x, positions, prefix):
+    return attention.apply(params, x, C, attention.context(positions, C, prefix=prefix))[0]
+
+
+@jax.jit
+def cached(params, x, cache, positions, start, prefix):
+    return attention.apply(params, x, C, attention.context(positions, C, start, prefix), cache)
+
+
+def naive(params, x, positions, prefix):
+    """Loops over sequences, heads and positions, in float64; rotary positions as complex numbers."""
+    w_q, w_k, w_v, w_o = (np.asarray(w, np.float64) for w in (params.w_q, params.w_k, params.w_v, params.w_o))
+    x, positions = np.asarray(x, np.float64), np.asarray(positions)
+
+    def turn(v, position):  # C/2 complex pairs; pair i turns with axis i mod 3, with wavelengths from 2π to 2π·100
+        pairs = C // 2
+        angle = [position[i % 3] * 100.0 ** (-(i // 3) / np.ceil(pairs / 3)) for i in range(pairs)]
+        z = (v[:pairs] + 1j * v[pairs:]) * np.exp(1j * np.array(angle))
+        return np.concatenate([z.real, z.imag])
+
+    out = np.zeros((B, T, D))
+    for b in range(B):
+        for h in range(G):
+            part = slice(h * C, (h + 1) * C)
+            q = [turn(x[b, t] @ w_q[:, part], positions[b, t]) for t in range(T)]
+            k = [turn(x[b, t] @ w_k[:, part], positions[b, t]) for t in range(T)]
+            for t in range(T):
+                seen = [s for s in range(T) if s <= t or s < prefix[b]]
+                score = np.array([q[t] @ k[s] for s in seen]) / np.sqrt(C)
+                weight = np.exp(score - score.max())
+                head = sum(w * (x[b, s] @ w_v[:, part]) for w, s in zip(weight / weight.sum(), seen, strict=True))
+                out[b, t] += head @ w_o[part]
+    return out
+
+
+def test_multi_head_attention_against_loops(params):
+    np.testing.assert_allclose(uncached(params, X, POSITIONS, PREFIX), naive(params, X, POSITIONS, np.asarray(PREFIX)), **CLOSE)
+
+
+def test_causality_and_prefix_by_gradient(params):
+    """Output t depends on token s exactly when s <= t, or s lies in the prefix."""
+    one = lambda x, b: uncached(params, x[None], POSITIONS[b : b + 1], PREFIX[b : b + 1])[0].sum(-1)  # noqa: E731
+    jacobian = jax.jit(jax.jacrev(one), static_argnums=1)
+    t, s = np.mgrid[:T, :T]
+    for b in range(B):
+        depends = np.abs(jacobian(X[b], b)).max(-1) > 0
+        np.testing.assert_array_equal(depends, (s <= t) | (s < int(PREFIX[b])))
+
+
+@partial(jax.jit, static_argnums=0)
+def with_gradients(attend, q, k, v, seen, g):
+    y, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, seen), q, k, v)
+    return y, vjp(g)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
+def test_the_cpu_path_is_dot_product_attention(heads, groups):
+    rng = np.random.default_rng(1)
+    q, g = (jnp.asarray(rng.normal(size=(2, 5, heads, C)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(2, 7, groups, C)), jnp.float32) for _ in range(2))
+    seen = jnp.asarray(rng.random((2, 1, 5, 7)) < 0.5).at[..., 0].set(True)
+    got = with_gradients(attention._heads_first, q, k, v, seen, g)
+    want = with_gradients(lambda q, k, v, seen: jax.nn.dot_product_attention(q, k, v, mask=seen), q, k, v, seen, g)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+def test_query_heads_read_the_group_they_belong_to():
+    """Values tell groups apart: head i of six must return the value of group i // 3."""
+    v = jnp.arange(2.0)[None, None, :, None] * jnp.ones((1, 4, 2, C)) + 1
+    q, k = jnp.ones((1, 4, 6, C)), jnp.ones((1, 4, 2, C))
+    o, _ = jax.jit(attention.attend)(q, k, v, attention.in_order(1, 4, C))
+    np.testing.assert_allclose(o[0, :, :, 0], np.tile([1, 1, 1, 2, 2, 2], (4, 1)), rtol=1e-6)
+
+
+def test_attend_bfloat16_is_near_float32():
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 6, 2, C)), jnp.float32) for _ in range(3))
+    attend = jax.jit(lambda q, k, v: attention.attend(q, k, v, attention.in_order(1, 6, C))[0])
+    low = attend(*(a.astype(jnp.bfloat16) for a in (q, k, v)))
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(low.astype(jnp.float32), attend(q, k, v), atol=0.05)
+
+
+def test_rotary_meets_by_difference_of_positions_alone():
+    rng = np.random.default_rng(3)
+    size = 8
+    q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, size)), jnp.float32) for _ in range(2))
+
+    @jax.jit
+    def meet(at_q, at_k):
+        return jnp.sum(rotary(q, rotation(at_q[None, None], size)) * rotary(k, rotation(at_k[None, None], size)))
+
+    a, b, shift = np.array([3, 1, 4]), np.array([1, 5, 9]), np.array([20, -7, 11])
+    assert float(meet(a, b)) == pytest.approx(float(meet(a + shift, b + shift)), abs=1e-4)
+    for axis in range(3):  # every axis counts
+        assert abs(float(meet(a, b)) - float(meet(a + 2 * np.eye(3, dtype=int)[axis], b))) > 1e-3
+
+
+def test_rotation_of_text_positions_by_hand():
+    cos, sin = rotation(jnp.arange(3)[None, :, None], 4, base=100.0)
+    angle = np.arange(3)[:, None] * np.array([1.0, 0.1])  # two pairs: 100^0 and 100^(-1/2)
+    np.testing.assert_allclose(cos[0, :, 0], np.cos(angle), atol=1e-6)
+    np.testing.assert_allclose(sin[0, :, 0], np.sin(angle), atol=1e-6)
+    x = jnp.array([1.0, 0.0, 0.0, 1.0]).reshape(1, 1, 1, 4)
+    turned = rotary(x, (cos[:, 2:], sin[:, 2:])).reshape(-1)  # pairs (x0, x2) and (x1, x3), by 2 and by 0.2
+    np.testing.assert_allclose(turned, [np.cos(2), -np.sin(0.2), np.sin(2), np.cos(0.2)], atol=1e-6)
+
+
+def test_decoding_in_chunks_equals_one_call(params):
+    """The prompt at once, then chunks of one and two, on a cache longer than needed; what lies beyond must not matter."""
+    prefix = jnp.array([3, 2])
+    want = uncached(params, X, POSITIONS, prefix)
+    cache = attention.Cache(jnp.full((B, T + 3, G, C), 7.0), jnp.full((B, T + 3, G, C), -7.0))
+    outputs = []
+    for first, last in ((0, 3), (3, 4), (4, 6)):
+        y, cache = cached(params, X[:, first:last], cache, POSITIONS[:, first:last], jnp.full(B, first), prefix)
+        outputs.append(y)
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), want, **CLOSE)
+    np.testing.assert_array_equal(cache.keys[:, T:], 7.0)
+
+
+def test_sequences_of_a_batch_decode_at_slots_of_their_own(params):
+    """Row 1's prompt is one token shorter: its padding lies in the cache until the next token overwrites it."""
+    prefix = jnp.array([3, 2])
+    want = uncached(params, X, POSITIONS, prefix)
+    cache = attention.Cache(jnp.zeros((B, T, G, C)), jnp.zeros((B, T, G, C)))
+    garbage = X[:, :3].at[1, 2].set(99.0)
+    y, cache = cached(params, garbage, cache, POSITIONS[:, :3], jnp.zeros(B, int), prefix)
+    np.testing.assert_allclose(y[0], want[0, :3], **CLOSE)
+    np.testing.assert_allclose(y[1, :2], want[1, :2], **CLOSE)
+    for i in range(2):
+        at = prefix + i
+        row = jnp.arange(B)
+        y, cache = cached(params, X[row, at][:, None], cache, POSITIONS[row, at][:, None], at, prefix)
+        np.testing.assert_allclose(y[:, 0], want[row, at], **CLOSE)

@@ -1,0 +1,45 @@
+"""Parameters from specs, and the norm."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinyonn_jax.layers import base
+from tinyonn_jax.layers.base import Param
+
+SPEC = {"a": Param((40, 30), ("embed", None), base.fan_in()), "b": {"c": Param((5,), (None,), base.ones)}}
+
+
+def test_a_leaf_depends_on_its_path_alone():
+    key = jax.random.key(1)
+    small, large = base.init(key, SPEC), base.init(key, {"0": Param((2,), (None,), base.normal(1.0)), **SPEC})
+    np.testing.assert_array_equal(small["a"], large["a"])
+    twins = base.init(key, {"a": SPEC["a"], "z": SPEC["a"]})
+    assert np.abs(twins["a"] - twins["z"]).max() > 0.1
+    assert np.abs(base.init(jax.random.key(2), SPEC)["a"] - small["a"]).max() > 0.1
+
+
+def test_fan_in_is_the_contracted_axis_of_a_stack_too():
+    many = base.init(jax.random.key(0), base.stack({"w": Param((64, 4), ("embed", None), base.fan_in())}, 30))["w"]
+    assert many.shape == (30, 64, 4)
+    np.testing.assert_allclose(np.std(many), 1 / 8, rtol=0.05)
+    assert np.abs(many[0] - many[1]).max() > 0.1  # copies of their own
+
+
+def test_stack_leads_with_layers():
+    stacked = base.stack(SPEC, 3)
+    assert stacked["a"].shape == (3, 40, 30) and stacked["a"].axes == ("layers", "embed", None)
+
+
+def test_axes_name_every_dimension():
+    with pytest.raises(ValueError, match="differ in length"):
+        Param((2, 3), ("embed",), base.zeros)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rms_norm_by_hand(dtype):
+    x = jnp.array([[3.0, -4.0], [0.0, 0.0]], dtype)
+    y = base.rms_norm(x, jnp.array([1.0, 2.0]))
+    assert y.dtype == dtype
+    np.testing.assert_allclose(y.astype(jnp.float32), [[3 / 12.5**0.5, -8 / 12.5**0.5], [0, 0]], rtol=1e-2 if dtype == "bfloat16" else 1e-6)

@@ -1,0 +1,151 @@
+"""Grouped matmul: both implementations against a naive loop, for every way rows can fall into groups."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.layers.naive import CLOSE
+from tinyonn_jax.layers import grouped
+
+ROWS, MODULES, INPUTS, OUTPUTS = 70, 4, 5, 3  # blocks of 32 rows: the larger groups below span several
+IMPLEMENTATIONS = ("loop", "ragged")
+SIZES = {
+    "even, nothing idle": [18, 17, 18, 17],
+    "two empty groups": [40, 0, 25, 0],
+    "first and last empty": [0, 3, 60, 0],
+    "all in one": [0, 70, 0, 0],
+    "all in the last, some idle": [0, 0, 0, 33],
+    "one row": [0, 1, 0, 0],
+    "all idle": [0, 0, 0, 0],
+    "a block exactly": [32, 32, 0, 6],
+}
+
+
+@partial(jax.jit, static_argnums=0)
+def forward_and_back(implementation, x, w, sizes, g):
+    tap = grouped.Tap(jnp.zeros(x.shape[0]), jnp.zeros(w.shape[0]))
+    y, vjp = jax.vjp(lambda x, w, tap: grouped.matmul(x, w, sizes, tap, implementation), x, w, tap)
+    plain, plain_vjp = jax.vjp(lambda x, w: grouped.matmul(x, w, sizes, None, implementation), x, w)
+    return y, vjp(g), plain, plain_vjp(g)
+
+
+def naive(x, w, sizes, g):
+    """y, dx, dw, squared norm of every row's own weight gradient, of every module's."""
+    x, w, g = (np.asarray(a, np.float64) for a in (x, w, g))
+    y, dx, dw, rows = np.zeros((len(x), w.shape[2])), np.zeros_like(x), np.zeros_like(w), np.zeros(len(x))
+    for p, m in enumerate(np.repeat(np.arange(len(sizes)), sizes)):
+        y[p], dx[p] = x[p] @ w[m], w[m] @ g[p]
+        dw[m] += np.outer(x[p], g[p])
+        rows[p] = np.sum(np.outer(x[p], g[p]) ** 2)
+    return y, dx, dw, rows, np.sum(dw**2, (1, 2))
+
+
+def numbers(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return (jnp.asarray(rng.normal(size=s), dtype) for s in ((ROWS, INPUTS), (MODULES, INPUTS, OUTPUTS), (ROWS, OUTPUTS)))
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_values_gradients_and_taps(implementation, sizes):
+    x, w, g = numbers()
+    y, (dx, dw, tap), plain, plain_grads = forward_and_back(implementation, x, w, jnp.asarray(sizes), g)
+    for got, want in zip((y, dx, dw, tap.rows, tap.modules), naive(x, w, sizes, g), strict=True):
+        np.testing.assert_allclose(got, want, **CLOSE)
+    for tapped, untapped in zip((y, dx, dw), (plain, *plain_grads), strict=True):
+        np.testing.assert_array_equal(tapped, untapped)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16(implementation):
+    x, w, g = numbers(jnp.bfloat16)
+    sizes = SIZES["two empty groups"]
+    y, (dx, dw, tap), _, _ = forward_and_back(implementation, x, w, jnp.asarray(sizes), g)
+    assert {y.dtype, dx.dtype, dw.dtype} == {jnp.dtype(jnp.bfloat16)} and {tap.rows.dtype, tap.modules.dtype} == {jnp.dtype("float32")}
+    want = naive(x, w, sizes, g)
+    for got, expected in zip((y, dx, dw), want[:3], strict=True):  # eight bits of mantissa, once, on sums kept in float32
+        np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=1 / 128, atol=0.03)
+    np.testing.assert_allclose(tap.rows, want[3], rtol=1e-5, atol=1e-6)  # statistics are made of float32 numbers
+    np.testing.assert_allclose(tap.modules, want[4], rtol=1 / 128)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_idle_rows_may_hold_anything(implementation):
+    """What lies past the last group counts for nothing, in the rows that a block spills over too."""
+    x, w, g = numbers()
+    sizes = np.array(SIZES["all in the last, some idle"])
+    bad = jnp.arange(ROWS)[:, None] >= sizes.sum()
+    got = forward_and_back(implementation, jnp.where(bad, 1e6, x), w, jnp.asarray(sizes), jnp.where(bad, 1e6, g))
+    want = forward_and_back(implementation, x, w, jnp.asarray(sizes), g)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_scan_of_checkpoints(implementation):
+    """Three applications of shared weights, rematerialised: gradients and per-step taps against dense masks and weight copies."""
+    rng = np.random.default_rng(1)
+    rows, sizes = 40, jnp.asarray([12, 0, 21])
+    x = jnp.asarray(rng.normal(size=(rows, 4)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(3, 4, 4)) * 0.5, jnp.float32)
+    taps = grouped.Tap(jnp.zeros((3, rows)), jnp.zeros((3, 3)))
+
+    def scanned(x, w, taps):
+        def body(x, tap):
+            return jnp.tanh(x + grouped.matmul(x, w, sizes, tap, implementation)), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(body), x, taps)[0] ** 2)
+
+    member = jnp.asarray(np.concatenate([np.repeat(np.arange(3), np.asarray(sizes)), np.full(7, -1)]))
+
+    def dense(x, copies):  # [3 steps, rows, 4, 4]
+        for step in range(3):
+            x = jnp.tanh(x + jnp.where((member >= 0)[:, None], jnp.einsum("pi,pio->po", x, copies[step]), 0))
+        return jnp.sum(x**2)
+
+    dx, dw, tap = jax.jit(jax.grad(scanned, (0, 1, 2)))(x, w, taps)
+    want_dx, each = jax.jit(jax.grad(dense, (0, 1)))(x, jnp.broadcast_to(w[member], (3, rows, 4, 4)))
+    each = np.asarray(each, np.float64)
+    per_module = np.stack([each[:, np.asarray(member) == m].sum(1) for m in range(3)], 1)  # [3 steps, M, 4, 4]
+    np.testing.assert_allclose(dx, want_dx, **CLOSE)
+    np.testing.assert_allclose(dw, per_module.sum(0), **CLOSE)
+    np.testing.assert_allclose(tap.rows, np.sum(each**2, (2, 3)), **CLOSE)
+    np.testing.assert_allclose(tap.modules, np.sum(per_module**2, (2, 3)), **CLOSE)
+
+
+make_plan = jax.jit(grouped.plan, static_argnums=2)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_plan_is_a_stable_sort_with_idle_pairs_last(seed, share):
+    rng = np.random.default_rng(seed)
+    index, active = rng.integers(0, 5, (9, 2)).astype(np.int32), rng.random((9, 2)) < share
+    p = make_plan(index, active, 5)
+    key = np.where(active, index, 5).reshape(-1)
+    np.testing.assert_array_equal(p.order, np.argsort(key, kind="stable"))
+    np.testing.assert_array_equal(np.asarray(p.order)[np.asarray(p.inverse)], np.arange(18))
+    np.testing.assert_array_equal(p.sizes, [np.sum(key == m) for m in range(5)])
+
+
+def test_dispatch_and_permute_move_rows_there_and_gradients_back():
+    rng = np.random.default_rng(0)
+    index, active = rng.integers(0, 4, (6, 3)).astype(np.int32), rng.random((6, 3)) < 0.7
+    p = make_plan(index, active, 4)
+    x = jnp.asarray(rng.normal(size=(6, 2)), jnp.float32)
+    weights = rng.normal(size=(18, 2)).astype(np.float32)
+
+    rows = grouped.dispatch(x, p)
+    np.testing.assert_array_equal(rows, np.asarray(x)[np.asarray(p.order) // 3])
+    np.testing.assert_array_equal(grouped.permute(rows, p.inverse, p.order), np.repeat(x, 3, 0))
+    gradient = jax.grad(lambda x: jnp.sum(grouped.dispatch(x, p) * weights))(x)
+    want = np.zeros((6, 2))
+    for row, pair in enumerate(np.asarray(p.order)):
+        want[pair // 3] += weights[row]
+    np.testing.assert_allclose(gradient, want, **CLOSE)
+    gradient = jax.grad(lambda r: jnp.sum(grouped.permute(r, p.order, p.inverse) * weights))(rows)
+    np.testing.assert_array_equal(gradient, weights[np.asarray(p.inverse)])

@@ -1,0 +1,201 @@
+"""The command line: presets and the run folder's own values as defaults, one plain line for whatever a user got wrong.
+
+    COMMAND [--preset NAME] [--workdir FOLDER] [--section.field VALUE …]
+"""
+
+import contextlib
+import errno
+import io
+import logging
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import jax
+import tyro
+
+from tinyonn_jax.arc.tasks import DataError
+from tinyonn_jax.config import PRESETS, Config, ConfigError, EvalConfig, MeshConfig, Preset
+from tinyonn_jax.runs import stored_config, stored_preset
+from tinyonn_jax.training.checkpoint import CheckpointError
+from tinyonn_jax.training.loop import DivergedError, InterruptedRun
+
+A = TypeVar("A")
+Flat = tyro.conf.arg(name="")
+Workdir = Annotated[Path, tyro.conf.arg(help="Run folder, for instance runs/a.")]
+PRESET_LINES = "\n".join(f"{name}: {line}." for name, (line, _) in PRESETS.items())
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a network on ARC tasks. The same command again goes on where it stopped."""
+
+    workdir: Workdir
+    config: Annotated[Config, Flat]
+    preset: Annotated[Preset, tyro.conf.arg(help=f"Where the defaults of all other fields come from.\n{PRESET_LINES}\n")] = "demo"
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next start takes seconds."""
+    distributed: bool = False
+    """One process of many: TPU pod, Slurm, Open MPI, or JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Answer the test inputs, vote, and write predictions.json, submission.json and score.json."""
+
+    workdir: Workdir
+    eval: Annotated[EvalConfig, Flat]
+    mesh: MeshConfig
+    checkpoint: str = "latest"
+    """Which one: latest, best (by held-out demonstrations, data.holdout), or the number of a step."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next start takes seconds."""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Answer one task: show the grids here, and save them as a picture."""
+
+    workdir: Workdir
+    eval: Annotated[EvalConfig, Flat]
+    mesh: MeshConfig
+    task: str = ""
+    """Id of one of the run's tasks."""
+    file: Path | None = None
+    """A task file of your own, unseen in training (runs with data.format context)."""
+    checkpoint: str = "latest"
+    """Which one: latest, best (by held-out demonstrations, data.holdout), or the number of a step."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next start takes seconds."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw the figures and write report.html again, from the run folder's files."""
+
+    workdir: Workdir
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Curves and scores of several runs side by side."""
+
+    workdirs: Annotated[tuple[Path, ...], tyro.conf.arg(help="Run folders.")]
+    picture: Path = Path("runs/compare.png")
+    """Where the curves are drawn."""
+
+
+COMMANDS: dict[str, type] = {"train": Train, "evaluate": Evaluate, "predict": Predict, "report": Report, "compare": Compare}
+
+
+def parse(command: str, args: Sequence[str]) -> Any:
+    """The arguments of a command. Where `--workdir` holds a run, what is not named is as that run has it.
+
+    So a repeated `train` may name less than the first one did; a value or another preset that it does name and that differs is
+    for `runs.begin` to refuse. A new run takes the values of `--preset`.
+
+    Raises:
+        ConfigError: a value that cannot be.
+        SystemExit: help was asked for (0), or the arguments could not be parsed (2).
+    """
+    args = ["--data.skip-invalid" if arg == "--skip-invalid" else arg for arg in args]
+    kind = COMMANDS[command]
+    missing: Any = tyro.MISSING
+    defaults: dict[str, Any] = {}
+    workdir = Path(_value(args, "workdir") or "")
+    stored = stored_config(workdir)
+    if kind is Train:
+        began = stored_preset(workdir) if stored else None
+        preset = _value(args, "preset") or began or "demo"
+        known = preset if preset in PRESETS else "demo"  # tyro says what is wrong with any other
+        defaults = {"preset": known, "config": stored if stored and preset == began else PRESETS[known][1]}
+    elif kind in (Evaluate, Predict):
+        defaults = {"eval": (stored or Config()).eval, "mesh": MeshConfig()}
+    required = {name: missing for name in ("workdir", "workdirs") if name in kind.__dataclass_fields__}
+    return _parse(kind, args, kind(**required, **defaults), f"arc.py {command}")
+
+
+def _parse(kind: type[A], args: Sequence[str], default: A, program: str) -> A:
+    """tyro's reading of the arguments; an error of ours inside it comes out as itself, without tyro's frame."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(kind, args=args, default=default, prog=program)
+    except SystemExit as exit:
+        cause: BaseException | None = exit
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise ConfigError(str(cause)) from None
+        sys.stderr.write(errors.getvalue())
+        raise
+
+
+def _value(args: Sequence[str], name: str) -> str | None:
+    """The value of `--name` before the arguments are parsed."""
+    for i, arg in enumerate(args):
+        if arg == f"--{name}" and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith(f"--{name}="):
+            return arg.partition("=")[2]
+    return None
+
+
+def usage(program: str) -> str:
+    """What the program is for, its commands and the presets."""
+    commands = "\n".join(f"  {name:<10}{kind.__doc__}" for name, kind in COMMANDS.items())
+    presets = "\n".join(f"  {name:<10}{line}" for name, (line, _) in PRESETS.items())
+    return (
+        f"usage: {program} COMMAND [OPTIONS]\n\ncommands:\n{commands}\n\npresets (train --preset NAME):\n{presets}\n\n"
+        f"{program} COMMAND --help explains every option."
+    )
+
+
+def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
+    """What concerns the whole process: JAX's compilation cache, other processes, and Orbax's logging (its errors are raised too)."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if not compilation_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home).expanduser() / "tinyonn_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if distributed:
+        count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))  # None: found out
+
+
+def again() -> str:
+    """The command that started this process, to be typed again."""
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    return shlex.join([python, *sys.argv])
+
+
+def guard(main: Callable[[], None]) -> int:
+    """Runs `main` and returns the exit status: 0; 2 for what the user can mend, 1 for a run that failed, 128 + n for signal n."""
+    try:
+        main()
+    except (ConfigError, DataError, CheckpointError) as error:
+        return _fail(str(error), 2)
+    except DivergedError as error:
+        return _fail(str(error), 1)
+    except OSError as error:
+        remedy = "; free some space and run the same command again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return _fail(f"{error.filename or 'a file of the run'}: {error.strerror or error}{remedy}", 1)
+    except InterruptedRun as stop:
+        print(f"{stop}; resume with: {again()}", flush=True)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    return 0
+
+
+def _fail(line: str, status: int) -> int:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    return status

@@ -1,0 +1,309 @@
+"""A run folder: begun, trained, evaluated, asked for predictions. What comes after training needs the folder and nothing else.
+
+Before the first step `run.json` (preset, command, versions), `tasks.json` and `config.json` are written, the last one last, so that a
+folder that has it has all.
+"""
+
+import difflib
+import importlib.metadata
+import io
+import json
+import platform
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tinyonn_jax import __version__
+from tinyonn_jax.arc import submission
+from tinyonn_jax.arc.batches import batch_at, build_dataset, validation_batches
+from tinyonn_jax.arc.evaluate import evaluate as answer
+from tinyonn_jax.arc.tasks import Task, TaskSets, load_task_sets
+from tinyonn_jax.arc.tasks import _read_json as read_json
+from tinyonn_jax.arc.tasks import _task as parse_task
+from tinyonn_jax.arc.tasks import from_json as tasks_from_json
+from tinyonn_jax.arc.tasks import to_json as tasks_to_json
+from tinyonn_jax.config import Config, ConfigError, differences, from_json, to_json
+from tinyonn_jax.layers import base
+from tinyonn_jax.models import transformer
+from tinyonn_jax.observe.console import Progress
+from tinyonn_jax.observe.writers import MetricsWriter, write_atomically
+from tinyonn_jax.training import assemble, loop, sharding
+from tinyonn_jax.training.checkpoint import Checkpoints, restore_params
+
+CONFIG, TASKS, ORIGIN, PARAMETERS = "config.json", "tasks.json", "run.json", "parameters.json"
+ROUTING, CHECKPOINTS = "routing_latest.npz", "checkpoints"
+Say = Callable[[str], None]
+Which = int | Literal["latest", "best"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder, how it is configured, and the tasks that it learns from and is scored on."""
+
+    folder: Path
+    config: Config
+    sets: TaskSets
+
+
+def stored_config(folder: Path) -> Config | None:
+    """The configuration of a run folder; None where no run has begun.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    path = Path(folder) / CONFIG
+    if not path.exists():
+        return None
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except (ConfigError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}; restore it, or start the run again in a new folder") from None
+
+
+def stored_preset(folder: Path) -> str | None:
+    """The preset that a run began with, where that is known."""
+    try:
+        return json.loads((Path(folder) / ORIGIN).read_text(encoding="utf-8")).get("preset")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def open_run(folder: Path) -> Run:
+    """The run in a folder.
+
+    Raises:
+        ConfigError: there is none.
+        DataError: its tasks are damaged.
+    """
+    folder, config = Path(folder), stored_config(folder)
+    if config is None:
+        what = f"holds no {CONFIG}" if folder.is_dir() else "no such run folder"
+        raise ConfigError(f"{folder}: {what}; train writes it: python experiments/arc.py train --workdir {folder}")
+    path = folder / TASKS
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); restore it, or start the run again in a new folder") from None
+    return Run(folder, config, tasks_from_json(text, str(path)))
+
+
+def begin(folder: Path, config: Config, preset: str, command: str = "") -> Run:
+    """The run in a folder, begun there if it is not yet; `config.mesh` and `config.eval` may change from one start to the next.
+
+    `preset` and `command` are noted, for the record.
+
+    Raises:
+        ConfigError: a run with another configuration is there.
+        DataError: the tasks cannot be used.
+    """
+    folder, before = Path(folder), stored_config(folder)
+    if before is not None:
+        changed = differences(before, config)
+        if changed:
+            listed = "; ".join(changed)
+            raise ConfigError(f"{folder / CONFIG} differs from this command: {listed}. Repeat the first one, or change --workdir")
+        return replace(open_run(folder), config=config)
+    sets = load_task_sets(config.data)
+    if jax.process_index() == 0:
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
+        origin = {"preset": preset, "command": command, "tinyonn_jax": __version__, "python": platform.python_version(), **versions}
+        write_atomically(folder / ORIGIN, json.dumps(origin, indent=2) + "\n")
+        write_atomically(folder / TASKS, tasks_to_json(sets))
+        write_atomically(folder / CONFIG, to_json(config))
+    return Run(folder, config, sets)
+
+
+def train(run: Run, started: float | None = None) -> None:
+    """Trains to the last step of the configuration, going on from the newest checkpoint; says what it does on the way.
+
+    Raises:
+        InterruptedRun, DivergedError, CheckpointError: see `loop.run`.
+        ConfigError: the devices do not fit the mesh.
+        DataError: no sequence fits.
+    """
+    folder, config, sets = run.folder, run.config, run.sets
+    process = (jax.process_index(), jax.process_count())
+    mesh = sharding.make_mesh(config.mesh)
+    dataset = build_dataset(sets, config.data)
+    batches = partial(batch_at, dataset, config.train.seed, process=process, multiple=mesh.size)
+    program = assemble.assemble(config, mesh, len(sets.tasks), batches(0))
+    parameters = assemble.count_parameters(program.spec)
+    if process[0] == 0:
+        write_atomically(folder / PARAMETERS, json.dumps(parameters, indent=2) + "\n")
+
+    steps = config.train.steps
+    say = Progress(steps, process=process[0]).line
+    for line in (sets.audit, *_skipped(sets), *sets.messages, *dataset.messages):
+        say(line)
+    say(
+        f"parameters: {parameters['total']:,}, of which {parameters['embeddings']:,} embeddings and {parameters['routers']:,} routers"
+    )
+    say(_devices(mesh))
+
+    with Checkpoints(folder / CHECKPOINTS, config.train.keep, json.loads(to_json(config)), say) as checkpoints:
+        state = checkpoints.restore(program.like)
+        if state is None:
+            state = program.initial()
+        done = int(state.step)
+        if done >= steps:
+            say(f"{folder} is complete: {done} of {steps} steps; {_next(folder)}")
+            return
+        if done:
+            say(f"going on from step {done} of {steps}")
+
+        def snapshot(_: int, state: Any, metrics: dict[str, Any]) -> None:
+            arrays = assemble.routing_snapshot(state, metrics)
+            if arrays and process[0] == 0:
+                buffer = io.BytesIO()
+                np.savez(buffer, allow_pickle=False, **arrays)
+                write_atomically(folder / ROUTING, buffer.getvalue())
+
+        held_out = partial(validation_batches, dataset, process=process, multiple=mesh.size)
+        with _writer(folder, done, process[0]) as writer, Progress(steps, done, process[0]) as display:
+            loop.run(
+                program.step,
+                state,
+                batches,
+                config.train,
+                checkpoints,
+                writer,
+                display,
+                max_skipped=config.optim.max_skipped,
+                put=program.put,
+                tokens=lambda batch: int(batch.length.sum()) * process[1],
+                validate=assemble.make_validation(program, held_out) if sets.validation else None,
+                on_checkpoint=snapshot,
+                started=started,
+            )
+    say(f"{steps} of {steps} steps done; {_next(folder)}")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's parameters (their moving average at `step`) on a mesh, ready to answer."""
+
+    run: Run
+    mesh: Mesh
+    params: Any
+    step: int
+
+    def answer(self, tasks: tuple[Task, ...], say: Say | None = None) -> submission.Predictions:
+        """Answers every test input of `tasks` as `run.config.eval` says; `say` reports progress."""
+        config = self.run.config
+        last = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            nonlocal last
+            if say is not None and (done == total or time.monotonic() - last > 5):
+                last = time.monotonic()
+                say(f"decoded {done:,} of {total:,} sequences")
+
+        return answer(
+            assemble.make_decoder(config, self.mesh),
+            self.params,
+            tasks,
+            self.run.sets.task_ids,
+            config.data,
+            config.eval,
+            seed=config.train.seed,
+            checkpoint=self.step,
+            progress=progress,
+        )
+
+
+def load(run: Run, checkpoint: Which, say: Say) -> Trained:
+    """The parameters of a run, from one of its checkpoints.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+        ConfigError: the devices do not fit the mesh.
+    """
+    mesh = sharding.make_mesh(run.config.mesh)
+    say(_devices(mesh))
+    spec = transformer.spec(run.config.model, len(run.sets.tasks))
+    like = jax.tree.map(
+        lambda p, s: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=s), spec, sharding.shardings(mesh, spec), is_leaf=base.is_param
+    )
+    params, step = restore_params(run.folder / CHECKPOINTS, like, "ema", checkpoint, say)
+    return Trained(run, mesh, params, step)
+
+
+def evaluate(run: Run, checkpoint: Which, say: Say) -> dict[str, Any]:
+    """Answers every evaluated test input, writes predictions.json, submission.json and score.json, and returns the score.
+
+    Raises:
+        CheckpointError, ConfigError: see `load`.
+    """
+    trained = load(run, checkpoint, say)
+    predictions = trained.answer(run.sets.evaluation, say)
+    for line in predictions.too_long:
+        say(line)
+    submission.validate_submission(submission.build_submission(predictions), run.sets.evaluation)
+    return submission.save(run.folder, predictions, run.config.train.seed)
+
+
+def find_task(run: Run, name: str) -> Task:
+    """The task of a run with that id: an evaluated one, or one that was only trained on.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    tasks = {task.id: task for task in (*run.sets.tasks, *run.sets.evaluation) if task.test}
+    if name in tasks:
+        return tasks[name]
+    near = difflib.get_close_matches(name, tasks, 3, 0.3) or sorted(tasks)[:3]
+    raise ConfigError(f"task {name} is not in {run.folder}; near it: {', '.join(near)} (of {len(tasks)})")
+
+
+def read_task(run: Run, file: Path) -> Task:
+    """A task file of the user's own, for a run that can answer tasks that it was not trained on.
+
+    Raises:
+        ConfigError: the run cannot.
+        DataError: the file is no valid task.
+    """
+    if run.config.data.format != "context":
+        raise ConfigError(
+            f"{run.folder} was trained with data.format pair and knows only its own tasks; for unseen ones train with "
+            "--data.format context --model.no-task-embedding"
+        )
+    return parse_task(file.stem, read_json(file), str(file))
+
+
+def _next(folder: Path) -> str:
+    return f"evaluate with: python experiments/arc.py evaluate --workdir {shlex.quote(str(folder))}"
+
+
+def _writer(folder: Path, done: int, process: int) -> Any:
+    return MetricsWriter(folder, done) if process == 0 else _Silent()
+
+
+class _Silent:
+    """Stands for the writer in the processes that write nothing."""
+
+    def write(self, step: int, metrics: Any) -> None:
+        pass
+
+    def __enter__(self) -> "_Silent":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _skipped(sets: TaskSets) -> list[str]:
+    return [f"{sets.skipped} invalid tasks skipped"] if sets.skipped else []
+
+
+def _devices(mesh: Mesh) -> str:
+    shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return f"devices: {mesh.size} × {mesh.devices.flat[0].device_kind} ({shape}), jax {jax.__version__}"
