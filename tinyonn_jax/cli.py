@@ -157,7 +157,7 @@ def usage(program: str) -> str:
 
 
 def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
-    """What concerns the whole process: JAX's compilation cache, other processes, and Orbax's logging (its errors are raised too)."""
+    """What concerns the whole process: JAX's compilation cache, other processes, Orbax's logging (its errors are raised too)."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if not compilation_cache:
@@ -168,7 +168,7 @@ def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if distributed:
         count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-        jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))  # None: found out
+        jax.distributed.initialize(num_processes=int(count) if count else None, process_id=int(index) if index else None)
 
 
 def again() -> str:

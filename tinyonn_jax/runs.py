@@ -1,7 +1,7 @@
 """A run folder: begun, trained, evaluated, asked for predictions. What comes after training needs the folder and nothing else.
 
-Before the first step `run.json` (preset, command, versions), `tasks.json` and `config.json` are written, the last one last, so that a
-folder that has it has all.
+Before the first step `run.json` (preset, command, versions), `tasks.json` and `config.json` are written, in this order, so that
+a folder that has the last has all.
 """
 
 import difflib
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -110,12 +109,12 @@ def begin(folder: Path, config: Config, preset: str, command: str = "") -> Run:
         changed = differences(before, config)
         if changed:
             listed = "; ".join(changed)
-            raise ConfigError(f"{folder / CONFIG} differs from this command: {listed}. Repeat the first one, or change --workdir")
+            raise ConfigError(f"{folder / CONFIG} differs from this command: {listed}; repeat the first, or change --workdir")
         return replace(open_run(folder), config=config)
     sets = load_task_sets(config.data)
     if jax.process_index() == 0:
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
-        origin = {"preset": preset, "command": command, "tinyonn_jax": __version__, "python": platform.python_version(), **versions}
+        origin = {"preset": preset, "command": command, "tinyonn_jax": __version__, "python": platform.python_version()}
+        origin |= {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
         write_atomically(folder / ORIGIN, json.dumps(origin, indent=2) + "\n")
         write_atomically(folder / TASKS, tasks_to_json(sets))
         write_atomically(folder / CONFIG, to_json(config))
@@ -144,9 +143,8 @@ def train(run: Run, started: float | None = None) -> None:
     say = Progress(steps, process=process[0]).line
     for line in (sets.audit, *_skipped(sets), *sets.messages, *dataset.messages):
         say(line)
-    say(
-        f"parameters: {parameters['total']:,}, of which {parameters['embeddings']:,} embeddings and {parameters['routers']:,} routers"
-    )
+    total, embeddings, routers = (parameters[name] for name in ("total", "embeddings", "routers"))
+    say(f"parameters: {total:,}, of which {embeddings:,} in embeddings and {routers:,} in routers")
     say(_devices(mesh))
 
     with Checkpoints(folder / CHECKPOINTS, config.train.keep, json.loads(to_json(config)), say) as checkpoints:
@@ -230,9 +228,7 @@ def load(run: Run, checkpoint: Which, say: Say) -> Trained:
     mesh = sharding.make_mesh(run.config.mesh)
     say(_devices(mesh))
     spec = transformer.spec(run.config.model, len(run.sets.tasks))
-    like = jax.tree.map(
-        lambda p, s: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=s), spec, sharding.shardings(mesh, spec), is_leaf=base.is_param
-    )
+    like = sharding.abstract(mesh, spec, lambda: base.init(jax.random.key(0), spec))
     params, step = restore_params(run.folder / CHECKPOINTS, like, "ema", checkpoint, say)
     return Trained(run, mesh, params, step)
 

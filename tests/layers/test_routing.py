@@ -55,6 +55,13 @@ def test_drln_keeps_ratios_and_signs_and_the_largest_becomes_one():
     np.testing.assert_allclose(routing.drln(jnp.array([[2.0, -4.0], [1.0, 8.0]]), 0), [[1.0, -0.5], [0.5, 1.0]])
 
 
+def test_the_largest_becomes_exactly_one_when_compiled():
+    """Importance times (1 − 1) must be nothing, not noise whose sign is then counted as good or bad."""
+    v = np.random.default_rng(0).normal(size=(1000, 7)).astype(np.float32)
+    np.testing.assert_array_equal(np.abs(_drln(v)).max(-1), 1)
+    np.testing.assert_array_equal(np.abs(jax.jit(lambda v: routing.drln(v.reshape(-1, 1)))(v)), 1)
+
+
 def test_drln_at_zero_has_a_bounded_gradient():
     """The trap: divided by max|g| + 1e-9, a gate initialised to zero has a gradient of 1e9 at its first step."""
     gradient = jax.grad(lambda v: jnp.sum(routing.drln(v) * jnp.array([1.0, -2.0, 3.0])))

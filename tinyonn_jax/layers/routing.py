@@ -88,7 +88,9 @@ def drln(v: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
     The maximum carries no gradient; an all-zero input gives zero, with gradient 1.
     """
     peak = jax.lax.stop_gradient(jnp.max(jnp.abs(v), axis, keepdims=True))
-    return v / jnp.where(peak > 0, peak, 1.0)
+    ratio = v / jnp.where(peak > 0, peak, 1.0)
+    # Compiled, the division may be a product with a rounded reciprocal. The largest is made exactly one, so that two largest cancel.
+    return ratio + jax.lax.stop_gradient(jnp.where(jnp.abs(v) == peak, jnp.sign(v) - ratio, 0))
 
 
 def entropy(logits: Float[Array, "*R P"]) -> Float[Array, "*R"]:

@@ -114,10 +114,12 @@ def make_decoder(config: Config, mesh: Mesh) -> Decoder:
         over = NamedSharding(mesh, PartitionSpec(*(None,) * axis, sharding.RULES["batch"]))
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, over), tree)
 
-    return Decoder(
-        lambda batch, length: rows(transformer.init_cache(cfg, batch, length), 1),
-        lambda params, cache, *inputs: transformer.decode(params, cache, *rows(inputs, 0), cfg, stop=config.eval.entropy_stop),
-    )
+    def decode(params, cache, *inputs):
+        tokens, positions, start, prefix, task, dihedral = rows(inputs, 0)
+        stop = config.eval.entropy_stop
+        return transformer.decode(params, cache, tokens, positions, start, prefix, task, dihedral, cfg, stop=stop)
+
+    return Decoder(lambda batch, length: rows(transformer.init_cache(cfg, batch, length), 1), decode)
 
 
 def count_parameters(spec: Any) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def run(
     """Trains from `state.step` to `cfg.steps` and returns the last state.
 
     Args:
-        step: jitted `(state, batch) -> (state, metrics)`; metrics are arrays, of which `skipped` counts consecutive skipped steps.
+        step: jitted `(state, batch) -> (state, metrics)`; the metric `skipped` counts consecutive skipped steps.
         state: donated.
         batch_at: the host batch of the step with that index, from 0; a pure function.
         max_skipped: consecutive skipped steps that end the run.
@@ -102,7 +102,7 @@ def run(
         started: `time.time()` when the program started.
 
     Raises:
-        InterruptedRun: SIGINT or SIGTERM came; the state is saved at the step it names. A second signal ends the process at once.
+        InterruptedRun: SIGINT or SIGTERM came; the state is saved at the step it names. A second signal ends all at once.
         DivergedError: too many steps in a row were skipped.
         CheckpointError: a checkpoint could not be written.
     """

@@ -1,0 +1,219 @@
+"""SARS against float64 loops and finite differences, for both granularities and both signs."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinyonn_jax.layers import routing as routes
+from tinyonn_jax.layers.routing import Router, RouterConfig
+from tinyonn_jax.learning.sars import goodness, sars
+from tinyonn_jax.learning.signals import Signals
+
+N, D, M, G, K = 7, 4, 6, 2, 4
+CFG = RouterConfig(M, K // G, groups=G, select="hard")
+GRANULARITIES, SIGNS = ("module", "token"), ("bayes", "reinforce")
+route = jax.jit(routes.route, static_argnums=2)
+
+
+@flax.struct.dataclass
+class Layer:
+    router: Router
+    modules: dict[str, jax.Array]
+
+
+def example(seed=5):
+    """A routing with idle slots, a padded token and an unused module, and made-up signals."""
+    rng = np.random.default_rng(seed)
+    router = Router(jnp.asarray(rng.normal(size=(M, D)), jnp.float32), jnp.asarray([0, 0.1, -0.1, 0.2, 9.0, 0.0], jnp.float32))
+    x = jnp.asarray(rng.normal(size=(N, D)), jnp.float32)
+    routing = route(router, x, CFG, np.arange(N) != 2)
+    slots = lambda: jnp.where(routing.active, jnp.asarray(rng.random((N, K)), jnp.float32), 0)  # noqa: E731
+    used = np.isin(np.arange(M), np.asarray(routing.index)[np.asarray(routing.active)])
+    modules = lambda: jnp.asarray(np.where(used, rng.random(M), 0), jnp.float32)  # noqa: E731
+    assert not used[4] and used.sum() >= 4 and not np.all(routing.active)
+    return router, routing, Signals(slots(), slots(), slots(), modules(), modules())
+
+
+def naive_goodness(routing, signals, granularity):
+    """importance × (belief − cost), each over its largest magnitude among the modules of the group; loops, float64."""
+    logits, index, active = (np.asarray(a) for a in (routing.logits, routing.index, routing.active))
+    good = np.zeros((N, M))
+    per = M // G
+    for n in range(N):
+        uses = {index[n, k]: k for k in range(K) if active[n, k]}
+        for group in range(G):
+            members = range(group * per, (group + 1) * per)
+            importance, cost, belief = np.zeros(per), np.zeros(per), logits[n, members].astype(np.float64)
+            for i, m in enumerate(members):
+                if granularity == "module":
+                    importance[i], cost[i] = signals.module_output[m], signals.module_param[m]
+                elif m in uses:
+                    importance[i], cost[i] = signals.attribution[n, uses[m]], signals.param[n, uses[m]]
+            importance, cost, belief = (v / (np.abs(v).max() or 1.0) for v in (importance, cost, belief))
+            for i, m in enumerate(members):
+                anyone = any(active[i2, k] and index[i2, k] == m for i2 in range(N) for k in range(K))
+                if anyone if granularity == "module" else m in uses:
+                    good[n, m] = importance[i] * (belief[i] - cost[i])
+    return good
+
+
+def naive_logits(proto, gate, x):
+    unit = lambda v: v / np.linalg.norm(v, axis=1, keepdims=True)  # noqa: E731
+    return unit(x) @ unit(proto).T - gate
+
+
+def naive_loss(proto, gate, x, good, sign, valid):
+    prior = (naive_logits(proto, gate, x) + sign * good).reshape(N, G, M // G)
+    p = np.exp(prior - prior.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return np.mean(-np.sum(p * np.log(p), -1)[valid])
+
+
+@jax.jit
+def both_goodness(routing, signals):
+    return tuple(goodness(routing, signals, g) for g in GRANULARITIES)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_goodness_against_loops(granularity):
+    _, routing, signals = example()
+    got = both_goodness(routing, signals)[GRANULARITIES.index(granularity)]
+    want = naive_goodness(routing, signals, granularity)
+    valid = np.asarray(routing.valid)
+    np.testing.assert_allclose(np.broadcast_to(got, (N, G, M // G)).reshape(N, M)[valid], want[valid], rtol=1e-5, atol=1e-6)
+    assert np.all(want[:, 4] == 0) and np.any(want > 0) and np.any(want < 0)  # unused: exactly nothing
+
+
+def test_unused_modules_get_nothing_whatever_their_logits():
+    _, routing, signals = example()
+    for good in both_goodness(routing, signals):
+        assert not np.any(np.asarray(good)[:, 1, 1])  # module 4
+    token = np.asarray(both_goodness(routing, signals)[1]).reshape(N, M)
+    used = np.asarray(jax.jit(routes.per_module)(jnp.ones((N, K)), routing)) > 0
+    assert not np.any(token[~used]) and np.any(token[used])
+
+
+objectives = {
+    (g, s): jax.jit(jax.value_and_grad(lambda r, ro, si, g=g, s=s: sars(g, s).objective({"a": r}, {"a": ro}, {"a": si}, None), has_aux=True))
+    for g in GRANULARITIES
+    for s in SIGNS
+}
+
+
+@pytest.mark.parametrize("sign", SIGNS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_objective_and_its_gradient_with_goodness_held_fixed(granularity, sign):
+    router, routing, signals = example()
+    (loss, metrics), grads = objectives[granularity, sign](router, routing, signals)
+    good, valid = naive_goodness(routing, signals, granularity), np.asarray(routing.valid)
+    proto, gate, x = (np.asarray(a, np.float64) for a in (router.proto, router.gate, routing.input))
+    number = -1 if sign == "bayes" else 1
+    assert float(loss) == pytest.approx(naive_loss(proto, gate, x, good, number, valid), rel=1e-5)
+    for got, at in ((grads.proto, proto), (grads.gate, gate)):
+        want = np.zeros_like(at)
+        for i in np.ndindex(at.shape):
+            at[i] += 1e-5
+            up = naive_loss(proto, gate, x, good, number, valid)
+            at[i] -= 2e-5
+            want[i] = (up - naive_loss(proto, gate, x, good, number, valid)) / 2e-5
+            at[i] += 1e-5
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5)
+        assert np.abs(want).max() > 1e-3
+    assert 0 <= float(metrics["entropy_share"]) <= 1
+    assert float(metrics["entropy_share"]) == pytest.approx(float(loss) / np.log(M // G), rel=1e-5)
+
+    layer = metrics["layers"]["a"]
+    shares = [(good[valid] > 0).mean(), (good[valid] < 0).mean(), (good[valid] == 0).mean()]
+    np.testing.assert_allclose([layer["good_share"], layer["bad_share"], layer["idle_share"]], shares, rtol=1e-5)
+    np.testing.assert_allclose(layer["goodness"], good[valid].mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_padding_counts_for_nothing():
+    router, routing, signals = example()
+    other = routing.replace(input=routing.input.at[2].set(50.0), logits=routing.logits.at[2].set(-30.0))
+    for objective in objectives.values():
+        for a, b in zip(jax.tree.leaves(objective(router, routing, signals)), jax.tree.leaves(objective(router, other, signals)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_the_sign_turns_the_pull_around():
+    """Equal logits and one good module of three: its logit's gradient has the opposite sign under bayes and reinforce."""
+    cfg = RouterConfig(3, 1, select="hard", cost="bias")
+    router = Router(jnp.zeros((3, 2)), jnp.array([-0.5, -0.5, -0.5]))
+    routing = route(router, jnp.ones((1, 2)), cfg)  # module 0 is used
+    one = jnp.ones((1, 1))
+    signals = Signals(one, one, one, jnp.array([1.0, 0, 0]), jnp.array([0.5, 1e-6, 1.0]))
+    pulls = [float(objectives["module", s](router, routing, signals)[1].gate[0]) for s in SIGNS]
+    assert pulls[0] * pulls[1] < 0 and min(np.abs(pulls)) > 1e-3
+    # Entropy falls when the likeliest becomes likelier: reinforce lowers the good module's cost, bayes raises it.
+    assert pulls[SIGNS.index("reinforce")] > 0
+
+
+def test_signals_and_logits_of_the_forward_pass_carry_no_gradient():
+    router, routing, signals = example()
+
+    @jax.jit
+    @jax.grad
+    def through(floats):
+        logits, signals = floats
+        return sum(sars(g).objective({"a": router}, {"a": routing.replace(logits=logits)}, {"a": signals}, None)[0] for g in GRANULARITIES)
+
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(through((routing.logits, signals))))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_the_goodness_gate_zeroes_exactly_the_modules_that_are_not_good(granularity):
+    router, routing, signals = example()
+    rng = np.random.default_rng(1)
+    modules = {"w_in": jnp.asarray(rng.normal(size=(M, 3, 2)), jnp.float32), "bias": jnp.asarray(rng.normal(size=M), jnp.float32)}
+    grads = {"first": Layer(router, modules), "rest": jnp.ones(3)}
+    rule = sars(granularity, goodness_gate=True)
+    gated = jax.jit(lambda g, r, s: rule.adjust(g, {"first": r}, {"first": s}, None))(grads, routing, signals)
+    mean = naive_goodness(routing, signals, granularity)[np.asarray(routing.valid)].mean(0)
+    assert 0 < (mean > 0).sum() < M
+    for name, leaf in modules.items():
+        want = np.asarray(leaf) * (mean > 0).reshape(-1, *(1,) * (leaf.ndim - 1))
+        np.testing.assert_array_equal(gated["first"].modules[name], want)
+    np.testing.assert_array_equal(gated["first"].router.proto, router.proto)
+    np.testing.assert_array_equal(gated["rest"], 1)
+    assert sars(granularity).adjust(grads, {}, {}, None) is grads
+
+
+def test_recursions_share_one_gate_and_stacked_layers_have_their_own():
+    router, routing, signals = example()
+    _, other, other_signals = example(4)
+    pair = lambda a, b: jax.tree.map(lambda *x: jnp.stack(x), a, b)  # noqa: E731
+    routings, both = pair(routing, other), pair(signals, other_signals)
+    means = [naive_goodness(r, s, "token")[np.asarray(r.valid)].mean(0) for r, s in ((routing, signals), (other, other_signals))]
+    rule = sars("token", goodness_gate=True)
+
+    def kept(router, lead):
+        grads = {"a": Layer(router, {"w": jnp.ones((*lead, M, 2))})}
+        out = jax.jit(lambda g, r, s: rule.adjust(g, {"a": r}, {"a": s}, None))(grads, routings, both)
+        return np.asarray(out["a"].modules["w"])[..., 0] > 0
+
+    np.testing.assert_array_equal(kept(router, ()), np.mean(means, 0) > 0)
+    np.testing.assert_array_equal(kept(pair(router, router), (2,)), np.stack(means) > 0)
+
+
+def test_entropy_share_is_one_for_uniform_priors_and_near_zero_for_certain_ones():
+    router, routing, signals = example()
+    zero = jax.tree.map(jnp.zeros_like, signals)
+    even = Router(jnp.zeros((M, D)), jnp.zeros(M))
+    assert float(objectives["module", "bayes"](even, routing, zero)[0][1]["entropy_share"]) == pytest.approx(1.0, abs=1e-6)
+    certain = Router(jnp.zeros((M, D)), jnp.array([-50.0, 0, 0, -50.0, 0, 0]))
+    assert 0 <= float(objectives["module", "bayes"](certain, routing, zero)[0][1]["entropy_share"]) < 1e-6
+
+
+def test_several_layers_are_averaged():
+    router, routing, signals = example()
+    router2, routing2, signals2 = example(3)
+    rule = sars()
+    alone = [float(objectives["module", "bayes"](*e)[0][0]) for e in ((router, routing, signals), (router2, routing2, signals2))]
+    loss, _ = jax.jit(lambda a, b, c: rule.objective(a, b, c, None))(
+        {"x": router, "y": router2}, {"x": routing, "y": routing2}, {"x": signals, "y": signals2}
+    )
+    assert float(loss) == pytest.approx(np.mean(alone), rel=1e-6)
+    assert rule.isolate

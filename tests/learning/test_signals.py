@@ -1,0 +1,98 @@
+"""Signals and summaries on routings made by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.layers.naive import by_module, hand_made
+from tinyonn_jax.layers.tap import Tap
+from tinyonn_jax.learning import signals
+
+# Four tokens, two slots, three modules; the last token is padding, one slot is idle.
+ROUTING = hand_made(
+    [[0, 1], [1, 0], [1, 2], [0, 2]],
+    [[0.7, 0.3], [0.6, 0.4], [1.0, 0.0], [0.5, 0.5]],
+    [[True, True], [True, True], [True, False], [False, False]],
+    3,
+    valid=np.array([True, True, True, False]),
+)
+
+
+def tapped(param):
+    squares = jnp.asarray(np.where(ROUTING.active, np.square(param), 0), jnp.float32)
+    return Tap(output=4 * squares, attribution=9 * squares, param=squares, module=jnp.array([4.0, 25.0, 0.0]))
+
+
+PARAM = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 0.0], [0.0, 0.0]])
+SIGNALS = signals.read({"a": tapped(PARAM)}, {"a": ROUTING})["a"]
+
+
+def test_read_takes_roots_and_sums_squares_over_the_tokens_of_a_module():
+    np.testing.assert_allclose(SIGNALS.param, PARAM)
+    np.testing.assert_allclose(SIGNALS.output, 2 * PARAM)
+    np.testing.assert_allclose(SIGNALS.attribution, 3 * PARAM)
+    np.testing.assert_allclose(SIGNALS.module_param, [2, 5, 0])
+    # Module 0 serves token 0 (slot 0) and 1 (slot 1): outputs 2 and 8; module 1: 4, 6, 10; module 2 nobody.
+    np.testing.assert_allclose(SIGNALS.module_output, [np.sqrt(4 + 64), np.sqrt(16 + 36 + 100), 0], rtol=1e-6)
+
+
+def test_summary_by_hand():
+    found = signals.summary(ROUTING, SIGNALS)
+    load = np.array([2, 3, 0]) / 5
+    np.testing.assert_allclose(found["load"], load, rtol=1e-6)
+    expected = {
+        "active_share": 5 / 9,  # five slots in use, three valid tokens, three modules
+        "usage_entropy": -np.sum(load[:2] * np.log(load[:2])) / np.log(3),
+        "max_load": 3 / 5 * 3,
+        "dead_modules": 1,
+        "unrouted": 0,
+        "gating_acc": 1.0,  # tokens 0 and 1 have a choice, and their first slot is the less surprising
+        "surprise_output": np.sum(2 * PARAM) / 5,
+        "surprise_param": np.sum(PARAM) / 5,
+    }
+    for name, value in expected.items():
+        assert float(found[name]) == pytest.approx(value, rel=1e-5), name
+
+
+def test_gating_accuracy_counts_each_group_and_is_nan_without_a_choice():
+    # Two groups of two modules, two slots each: per token and group, is the first slot the least surprising?
+    routing = hand_made([[0, 1, 2, 3], [1, 0, 3, 2]], np.full((2, 4), 0.5), np.ones((2, 4), bool), 4, groups=2)
+    param = jnp.array([[1.0, 2.0, 4.0, 3.0], [2.0, 1.0, 1.0, 9.0]])
+    taps = Tap(param**2, param**2, param**2, jnp.zeros(4))
+    read = signals.read({"a": taps}, {"a": routing})["a"]
+    assert float(signals.summary(routing, read)["gating_acc"]) == 0.5
+    alone = routing.replace(active=jnp.array([[True, False, True, False]] * 2))
+    assert np.isnan(signals.summary(alone, read)["gating_acc"])
+
+
+def test_recursions_lead_and_are_pooled_in_the_summary():
+    lead = lambda tree: jax.tree.map(lambda x: jnp.stack([x, x]), tree)  # noqa: E731
+    both = lead(ROUTING).replace(active=jnp.stack([ROUTING.active, jnp.zeros_like(ROUTING.active)]))
+    taps = lead(tapped(PARAM))
+    taps = taps.replace(module=taps.module.at[1].set(0), **{k: getattr(taps, k).at[1].set(0) for k in ("output", "attribution", "param")})
+    read = signals.read({"a": taps}, {"a": both})["a"]
+    assert read.module_param.shape == (2, 3)
+    np.testing.assert_allclose(read.module_output, by_module(4 * np.square(np.stack([PARAM, 0 * PARAM])), both).sum(1) ** 0.5, rtol=1e-6)
+    found = signals.summary(both, read)
+    assert float(found["active_share"]) == pytest.approx(5 / 18)
+    np.testing.assert_allclose(found["load"], [0.4, 0.6, 0], rtol=1e-6)
+
+
+def test_an_empty_batch_has_finite_shares():
+    nobody = ROUTING.replace(active=jnp.zeros_like(ROUTING.active), valid=jnp.zeros_like(ROUTING.valid))
+    zero = jax.tree.map(jnp.zeros_like, SIGNALS)
+    found = signals.summary(nobody, zero)
+    assert all(np.all(np.isfinite(value)) for name, value in found.items() if name != "gating_acc")
+
+
+def test_taps_fit_the_shapes_of_routings_with_a_leading_axis():
+    shapes = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.stack([x] * 5), ROUTING))
+    made = signals.make_taps({"a": shapes})["a"]
+    assert made.output.shape == made.param.shape == made.attribution.shape == (5, 4, 2) and made.module.shape == (5, 3)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(made))
+
+
+def test_average_passes_over_what_is_not_a_number():
+    assert float(signals.average([jnp.float32(1), jnp.float32(np.nan), jnp.float32(4)])) == 2.5
+    assert np.isnan(signals.average([jnp.float32(np.nan)]))

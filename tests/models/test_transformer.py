@@ -1,0 +1,372 @@
+"""The network against a naive one with weights of their own for every (recursion, token), and its invariances."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.layers.naive import CLOSE, by_module, norms
+from tests.models import tiny
+from tinyonn_jax.config import ModelConfig
+from tinyonn_jax.learning import signals
+from tinyonn_jax.models import transformer
+from tinyonn_jax.models.transformer import ATTENTION, FEEDFORWARD
+
+apply = jax.jit(transformer.apply, static_argnames=("cfg", "isolate", "steps", "stop"))
+BATCH = tiny.batch()
+REAL = np.arange(BATCH.tokens.shape[1]) < BATCH.length[:, None]
+
+
+@partial(jax.jit, static_argnames=("cfg", "isolate"))
+def gradients(params, taps, batch, cfg, isolate=True):
+    """Loss, routings, gradients of parameters and taps."""
+
+    def loss(params, taps):
+        out = transformer.apply(params, batch, cfg, taps, isolate=isolate)
+        return tiny.cross_entropy(out.logits, batch), out
+
+    (value, out), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, taps)
+    return value, out, grads
+
+
+def taps_for(params, cfg, batch=BATCH):
+    return signals.make_taps(jax.eval_shape(lambda p: transformer.apply(p, batch, cfg).routings, params))
+
+
+def unit_rms(x, scale):
+    return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * scale
+
+
+def naive(params, copies, push, cfg: ModelConfig, batch):
+    """DynTRM with every module on every token, masked by weight. `copies` has weights `[R,N,M,…]` of their own for every
+    recursion and token, `push [R,2,N,D]` is added to the two routed layers' outputs. Returns logits, and per recursion and layer the
+    modules' outputs and weights."""
+    b, t = batch.tokens.shape
+    n, c, groups = b * t, cfg.head_dim, cfg.heads
+    block = params.block
+    pairs = c // 2
+    i = np.arange(pairs)
+    angle = batch.positions[..., i % 3] * cfg.rope_base ** -((i // 3) / np.ceil(pairs / 3))
+    turn = np.exp(1j * angle).reshape(n, pairs)
+    valid = np.arange(t) < batch.length[:, None]
+    slot = np.arange(t)
+    seen = (slot <= slot[:, None]) | (slot < batch.prefix[:, None, None])  # [B,T,S]
+
+    def rotate(v):  # [n, C]
+        z = (v[:, :pairs] + 1j * v[:, pairs:]) * turn
+        return jnp.concatenate([z.real, z.imag], -1)
+
+    def weights(h, router, per_group, k):
+        norm = lambda v: v / jnp.sqrt(jnp.sum(v**2, -1, keepdims=True) + 1e-12)  # noqa: E731
+        logits = jax.lax.stop_gradient(norm(h) @ norm(router.proto).T - router.gate).reshape(n, -1, per_group)
+        rank = jnp.sum(logits[..., None, :] > logits[..., None], -1)  # how many are better
+        chosen = jnp.where(rank < k, jnp.exp(logits), 0)
+        return (chosen / jnp.sum(chosen, -1, keepdims=True)).reshape(n, -1) * valid.reshape(n, 1)
+
+    x = params.embed[batch.tokens] + params.dihedral[batch.dihedral][:, None] + params.task[batch.task][:, None]
+    x = e0 = x.reshape(n, -1)
+    outputs, used = [], []
+    for r in range(cfg.depth):
+        if r > 0 and cfg.inject:
+            x = x + e0
+        h = unit_rms(x, block.norm_attention)
+        weight = weights(h, block.attention.router, cfg.latent_heads // groups, cfg.active_heads)
+        heads = []
+        for m in range(cfg.latent_heads):
+            part = slice((m * groups // cfg.latent_heads) * c, (m * groups // cfg.latent_heads + 1) * c)
+            q = rotate(jnp.einsum("nd,ndc->nc", h, copies["w_q"][r, :, m])).reshape(b, t, c)
+            k = rotate(h @ block.attention.w_k[:, part]).reshape(b, t, c)
+            v = (h @ block.attention.w_v[:, part]).reshape(b, t, c)
+            score = jnp.where(seen, jnp.einsum("btc,bsc->bts", q, k) / np.sqrt(c), -1e30)
+            o = jnp.einsum("bts,bsc->btc", jax.nn.softmax(score, -1), v).reshape(n, c)
+            heads.append(jnp.einsum("nc,ncd->nd", o, copies["w_o"][r, :, m]))
+        outputs.append(jnp.stack(heads, 1))
+        used.append(weight)
+        x = x + jnp.einsum("nmd,nm->nd", outputs[-1], weight) + push[r, 0]
+
+        h = unit_rms(x, block.norm_feedforward)
+        weight = weights(h, block.feedforward.router, cfg.experts, cfg.active_experts)
+        a, g = jnp.split(jnp.einsum("nd,nmdf->nmf", h, copies["w_in"][r]), 2, -1)
+        outputs.append(jnp.einsum("nmf,nmfd->nmd", a / (1 + jnp.exp(-a)) * g, copies["w_out"][r]))
+        used.append(weight)
+        x = x + jnp.einsum("nmd,nm->nd", outputs[-1], weight) + push[r, 1]
+    logits = (unit_rms(x, params.norm) @ params.head).reshape(b, t, -1)
+    return logits, outputs, used
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Everything about one step of a tiny DynTRM, from the naive network: loss, gradients, signals `[R,N,M]` and `[R,M]`."""
+    cfg = tiny.config()
+    params = tiny.params(cfg)
+    n = BATCH.tokens.size
+    block = params.block
+    modules = {"w_q": block.attention.modules.w_q, "w_o": block.attention.modules.w_o, "w_in": block.feedforward.modules.w_in}
+    modules["w_out"] = block.feedforward.modules.w_out
+
+    @jax.jit
+    def run(params, modules):
+        copies = jax.tree.map(lambda w: jnp.broadcast_to(w, (cfg.depth, n, *w.shape)), modules)
+        push = jnp.zeros((cfg.depth, 2, n, cfg.dim))
+
+        def loss(params, copies, push):
+            logits, outputs, used = naive(params, copies, push, cfg, BATCH)
+            return tiny.cross_entropy(logits, BATCH), (logits, outputs, used)
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, copies, push)
+
+    (loss, (logits, outputs, used)), (rest, copies, push) = run(params, modules)
+    found = {}
+    for layer, (name, parts) in enumerate(((ATTENTION, ("w_q", "w_o")), (FEEDFORWARD, ("w_in", "w_out")))):
+        weight = np.stack(used[layer::2]).astype(np.float64)
+        f, g = np.stack(outputs[layer::2]).astype(np.float64), np.asarray(push, np.float64)[:, layer]
+        own = [np.asarray(copies[p], np.float64) for p in parts]
+        found[name] = {
+            "output": weight * np.linalg.norm(g, axis=-1)[..., None],
+            "attribution": np.abs(weight * np.einsum("rnd,rnmd->rnm", g, f)),
+            "param": norms(own, 3),
+            "module_param": norms([w.sum(1) for w in own], 2),
+        }
+    total = {name: np.asarray(w, np.float64).sum((0, 1)) for name, w in copies.items()}
+    return cfg, params, loss, logits, rest, total, found
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_loss_gradients_and_signals_of_every_recursion(reference, remat):
+    cfg, params, loss, logits, rest, total, found = reference
+    cfg = tiny.config(remat=remat)
+    got_loss, out, (grads, tapped) = gradients(params, taps_for(params, cfg), BATCH, cfg)
+    np.testing.assert_allclose(np.asarray(out.logits)[REAL], np.asarray(logits)[REAL], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got_loss, loss, rtol=1e-5)
+    block = grads.block
+    for got, want in (
+        (block.attention.modules.w_q, total["w_q"]),
+        (block.attention.modules.w_o, total["w_o"]),
+        (block.feedforward.modules.w_in, total["w_in"]),
+        (block.feedforward.modules.w_out, total["w_out"]),
+        (block.attention.w_k, rest.block.attention.w_k),
+        (block.attention.w_v, rest.block.attention.w_v),
+        (block.norm_attention, rest.block.norm_attention),
+        (block.norm_feedforward, rest.block.norm_feedforward),
+        (grads.embed, rest.embed),
+        (grads.task, rest.task),
+        (grads.dihedral, rest.dihedral),
+        (grads.norm, rest.norm),
+        (grads.head, rest.head),
+    ):
+        assert np.abs(want).max() > 1e-3
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
+    for leaf in jax.tree.leaves((block.attention.router, block.feedforward.router)):
+        np.testing.assert_array_equal(leaf, 0)
+
+    read = signals.read(tapped, out.routings)
+    for name, want in found.items():
+        for field in ("output", "attribution", "param"):
+            assert want[field].max() > 1e-3
+            np.testing.assert_allclose(by_module(getattr(read[name], field), out.routings[name]), want[field], rtol=1e-3, atol=2e-5)
+        np.testing.assert_allclose(read[name].module_param, want["module_param"], rtol=1e-3, atol=2e-5)
+        np.testing.assert_allclose(read[name].module_output, np.sqrt((want["output"] ** 2).sum(1)), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_bfloat16_with_remat_repeats_the_decisions_it_made(isolate):
+    """Twin prototypes a hair apart with very different modules: were a decision made again from activations that differ in the
+    last bit, some tokens would send their gradients to the twin."""
+    low = tiny.config(dtype="bfloat16", experts=4, depth=3)
+    params = tiny.params(low)
+    twins = lambda r: r.replace(proto=jnp.repeat(r.proto[::2], 2, 0) + jnp.tile(jnp.array([0, 1e-6]), r.proto.shape[0] // 2)[:, None])  # noqa: E731
+    block = params.block
+    params = params.replace(
+        block=block.replace(
+            attention=block.attention.replace(router=twins(block.attention.router)),
+            feedforward=block.feedforward.replace(router=twins(block.feedforward.router)),
+        )
+    )
+    batch = tiny.batch(8, 12)
+    taps = taps_for(params, low, batch)
+    _, out, plain = gradients(params, taps, batch, low, isolate=isolate)
+    _, again, remat = gradients(params, taps, batch, tiny.config(dtype="bfloat16", experts=4, depth=3, remat=True), isolate=isolate)
+    for name in (ATTENTION, FEEDFORWARD):
+        same = np.asarray(out.routings[name].index) == np.asarray(again.routings[name].index)
+        assert same.all()  # the forward passes are the same program
+        logits = np.sort(np.asarray(out.routings[name].logits).reshape(-1, 2), -1)
+        assert np.mean(logits[:, 1] - logits[:, 0] < 1e-3) > 0.5  # and the decisions are close
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(plain), jax.tree.leaves(remat), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(a) + 1e-9, jax.tree_util.keystr(path)
+
+
+def count(jaxpr, name):
+    """How often a primitive stands in a jaxpr and all that it calls."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        total += eqn.primitive.name == name
+        for value in eqn.params.values():
+            for sub in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(sub, "jaxpr", sub)
+                total += count(inner, name) if hasattr(inner, "eqns") else 0
+    return total
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_remat_makes_no_decision_twice(isolate):
+    """One top-k per router in the forward pass, none in the backward pass."""
+    cfg = tiny.config(remat=True)
+    shapes = jax.eval_shape(tiny.params, cfg)
+    jaxpr = jax.make_jaxpr(partial(gradients, cfg=cfg, isolate=isolate))(shapes, taps_for(shapes, cfg), BATCH)
+    assert count(jaxpr.jaxpr, "top_k") == 2
+
+
+@pytest.mark.parametrize("kind", ["dense", "dyntrm"])
+def test_taps_change_nothing(kind):
+    cfg = tiny.config(kind)
+    params = tiny.params(cfg)
+    loss, _, (grads, _) = gradients(params, taps_for(params, cfg), BATCH, cfg)
+    plain_loss, _, (plain, _) = gradients(params, None, BATCH, cfg)
+    assert float(loss) == float(plain_loss)
+    jax.tree.map(np.testing.assert_array_equal, grads, plain)
+
+
+@pytest.mark.parametrize("kind", ["dense", "dyntrm"])
+def test_stacked_blocks_with_the_same_weights_are_the_recursed_block(kind):
+    recursed, stacked = tiny.config(kind), tiny.config(kind, recursed=False)
+    params = tiny.params(recursed)
+    copies = params.replace(block=jax.tree.map(lambda w: jnp.stack([w] * recursed.depth), params.block))
+    loss, out, (grads, taps) = gradients(params, taps_for(params, recursed), BATCH, recursed)
+    want_loss, want_out, (want, want_taps) = gradients(copies, taps_for(copies, stacked), BATCH, stacked)
+    np.testing.assert_allclose(out.logits, want_out.logits, **CLOSE)
+    assert float(loss) == pytest.approx(float(want_loss), rel=1e-6)
+    want = want.replace(block=jax.tree.map(lambda g: g.sum(0), want.block))
+    for a, b in zip(jax.tree.leaves((grads, taps)), jax.tree.leaves((want, want_taps)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "dense"},
+        {"kind": "dense", "recursed": False, "inject": False},
+        {"inject": False},
+        {"recursed": False, "select": "threshold", "cost": "linear"},
+        {"shared_experts": 1, "active_heads": 2, "match": "dot"},
+    ],
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()),
+)
+def test_decoding_token_by_token_is_teacher_forcing(changes):
+    """Prompts of different lengths go in together; each next token stands at a slot of its own."""
+    cfg = tiny.config(**changes)
+    params = tiny.params(cfg)
+    rows, length = 3, BATCH.tokens.shape[1]
+    batch = BATCH.replace(length=np.full(rows, length, np.int32), prefix=np.array([4, 2, 3], np.int32))
+    want = np.asarray(apply(params, batch, cfg=cfg).logits)
+    step = jax.jit(partial(transformer.decode, cfg=cfg))
+    cache = transformer.init_cache(cfg, rows, length + 2)
+    garbage = np.arange(4) >= batch.prefix[:, None]
+    prompt = np.where(garbage, 13, batch.tokens[:, :4])
+    spots = np.where(garbage[..., None], 0, batch.positions[:, :4])
+    say = (batch.prefix, batch.task, batch.dihedral)
+    logits, cache = step(params, cache, prompt, spots, np.zeros(rows, np.int32), *say)
+    for row in range(rows):
+        np.testing.assert_allclose(logits[row, : batch.prefix[row]], want[row, : batch.prefix[row]], rtol=1e-4, atol=1e-4)
+    row = np.arange(rows)
+    for i in range(length - 4):
+        at = batch.prefix + i
+        logits, cache = step(params, cache, batch.tokens[row, at][:, None], batch.positions[row, at][:, None], at, *say)
+        np.testing.assert_allclose(logits[:, 0], want[row, at], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"kind": "dense"}, {}, {"shared_experts": 1, "recursed": False}], ids=str)
+def test_causality_by_gradient(changes):
+    """Every token of the batch is another one, so that a row of the embedding is a position: logits at t depend on it exactly
+    when the position is not after t, or lies in the prefix; and never on another sequence."""
+    cfg = tiny.config(**changes)
+    params = tiny.params(cfg)
+    batch = tiny.batch(2).replace(
+        tokens=np.arange(12, dtype=np.int32).reshape(2, 6), length=np.array([6, 5], np.int32), prefix=np.array([3, 0], np.int32)
+    )
+
+    @jax.jit
+    @jax.jacrev
+    def jacobian(embed):
+        return transformer.apply(params.replace(embed=embed), batch, cfg).logits @ jnp.arange(1.0, 15.0)
+
+    depends = np.abs(jacobian(params.embed)).max(-1)[..., :12].reshape(2, 6, 2, 6) > 0
+    t, s = np.mgrid[:6, :6]
+    for b in range(2):
+        np.testing.assert_array_equal(depends[b, :, b], (s <= t) | (s < batch.prefix[b]))
+        assert not depends[b, :, 1 - b].any()
+
+
+@pytest.mark.parametrize("kind", ["dense", "dyntrm"])
+def test_padding_influences_nothing(kind):
+    """Other tokens, positions, tasks in the padding: not a bit of the real logits and of any gradient changes, nor do signals."""
+    cfg = tiny.config(kind)
+    params = tiny.params(cfg)
+    rng = np.random.default_rng(9)
+    other = BATCH.replace(
+        tokens=np.where(REAL, BATCH.tokens, rng.integers(0, 14, REAL.shape)).astype(np.int32),
+        positions=np.where(REAL[..., None], BATCH.positions, rng.integers(0, 30, (*REAL.shape, 3))).astype(np.int32),
+        task=np.where(BATCH.length > 0, BATCH.task, -1).astype(np.int32),
+        dihedral=np.where(BATCH.length > 0, BATCH.dihedral, 7 - BATCH.dihedral).astype(np.int32),
+    )
+    taps = taps_for(params, cfg)
+    _, out, grads = gradients(params, taps, BATCH, cfg)
+    _, out2, grads2 = gradients(params, taps, other, cfg)
+    np.testing.assert_array_equal(np.asarray(out.logits)[REAL], np.asarray(out2.logits)[REAL])
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(grads2), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    for routing in out2.routings.values():
+        assert not np.any(np.asarray(routing.active)[:, ~REAL.reshape(-1)])
+        np.testing.assert_array_equal(routing.valid[0], REAL.reshape(-1))
+
+
+def test_a_blank_task_is_a_zero_embedding():
+    cfg = tiny.config("dense")
+    params = tiny.params(cfg)
+    blank = apply(params, BATCH.replace(task=np.full(3, -1, np.int32)), cfg=cfg).logits
+    zero = apply(params.replace(task=jnp.zeros_like(params.task)), BATCH, cfg=cfg).logits
+    np.testing.assert_array_equal(blank, zero)
+    assert np.abs(blank - apply(params, BATCH, cfg=cfg).logits).max() > 0.1
+    without = tiny.config("dense", task_embedding=False)
+    assert transformer.spec(without, 0).task is None
+    np.testing.assert_array_equal(apply(params.replace(task=None), BATCH, cfg=without).logits, zero)
+
+
+def test_steps_are_the_answers_of_shallower_networks():
+    cfg = tiny.config("dense", depth=3)
+    params = tiny.params(cfg)
+    out = apply(params, BATCH, cfg=cfg, steps=True)
+    np.testing.assert_array_equal(out.steps[-1], out.logits)
+    np.testing.assert_array_equal(out.depth, 3)
+    for depth in (1, 2):
+        shallow = apply(params, BATCH, cfg=tiny.config("dense", depth=depth)).logits
+        np.testing.assert_allclose(out.steps[depth - 1], shallow, rtol=1e-4, atol=1e-5)
+
+
+def test_entropy_stop_keeps_the_answer_of_the_recursion_that_was_sure():
+    cfg = tiny.config("dense", depth=3)
+    params = tiny.params(cfg)
+    never, at_once = apply(params, BATCH, cfg=cfg, stop=1e-9), apply(params, BATCH, cfg=cfg, stop=100.0)
+    full = apply(params, BATCH, cfg=cfg, steps=True)
+    np.testing.assert_allclose(never.logits, full.logits, **CLOSE)
+    np.testing.assert_array_equal(never.depth, 3)
+    np.testing.assert_allclose(at_once.logits, full.steps[0], **CLOSE)
+    np.testing.assert_array_equal(at_once.depth, 1)
+    # In between, a token stops after the first recursion exactly when it was sure by then.
+    p = np.exp(np.asarray(full.steps[0], np.float64))
+    p /= p.sum(-1, keepdims=True)
+    entropy = -(p * np.log(p)).sum(-1)
+    stop = float(np.median(entropy))
+    some = apply(params, BATCH, cfg=cfg, stop=stop)
+    np.testing.assert_array_equal(np.asarray(some.depth) == 1, entropy < stop)
+    np.testing.assert_allclose(np.asarray(some.logits)[entropy < stop], np.asarray(full.steps[0])[entropy < stop], rtol=1e-4, atol=1e-4)
+
+
+def test_specs_name_the_routed_layers_and_stack_the_blocks():
+    made = transformer.spec(tiny.config(recursed=False, depth=5), 4)
+    assert made.block.attention.modules.w_q.shape == (5, 4, 8, 6) and made.block.attention.modules.w_q.axes[0] == "layers"
+    assert made.task.shape == (4, 8) and made.embed.shape == (14, 8)
+    assert set(apply(tiny.params(tiny.config()), BATCH, cfg=tiny.config()).routings) == {ATTENTION, FEEDFORWARD}
+    assert apply(tiny.params(tiny.config("dense")), BATCH, cfg=tiny.config("dense")).routings == {}

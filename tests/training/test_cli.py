@@ -1,0 +1,310 @@
+"""The main job as a user meets it: train, resume, evaluate, predict, report, and every mistake answered with one line."""
+
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import arc
+from tinyonn_jax import cli, runs
+from tinyonn_jax.config import PRESETS, ConfigError, from_json
+from tinyonn_jax.training.checkpoint import steps
+
+ROOT = Path(__file__).parents[2]
+# One bucket, so that one program is compiled; DynTRM with SARS and Muon, so that all parts of a state are there.
+SMALL = (
+    *("--preset", "smoke", "--data.buckets", "48", "--data.holdout", "--model.experts", "3", "--optim.ema", "0.9"),
+    *("--train.steps", "60", "--train.checkpoint-every", "10", "--train.validate-every", "20"),
+)
+CLOCK = ("seconds", "tokens_per_second")
+
+
+def command(*args: str | Path) -> list[str]:
+    return [sys.executable, "experiments/arc.py", *map(str, args)]
+
+
+def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def here(monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> int:
+    """The same in this process, which has eight devices; the exit status."""
+    monkeypatch.setattr(sys, "argv", ["experiments/arc.py", *map(str, args)])
+    try:
+        return cli.guard(arc.main)
+    except SystemExit as exit:
+        return int(exit.code or 0)
+
+
+def rows(folder: Path) -> list[dict]:
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def leaves(folder: Path) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint."""
+    import orbax.checkpoint as ocp
+
+    found: dict[str, np.ndarray] = {}
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        for item in ("params", "ema", "training"):
+            tree = reader.restore((folder / "checkpoints" / str(steps(folder / "checkpoints")[-1]) / item).absolute())
+            paths = ocp.tree.to_flat_dict(tree, sep="/")
+            found |= {f"{item}/{name}": np.asarray(x) for name, x in paths.items() if hasattr(x, "shape")}
+    return found
+
+
+def same(a: Path, b: Path) -> None:
+    """Two runs ended bit for bit alike."""
+    assert rows(a) == rows(b)
+    one, other = leaves(a), leaves(b)
+    assert one.keys() == other.keys() and len(one) > 40
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run trained without interruption, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    done = run("train", *SMALL, "--workdir", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture
+def copy(first: tuple[Path, str], tmp_path: Path) -> Path:
+    """A run folder to do with as one likes."""
+    return Path(shutil.copytree(first[0], tmp_path / "copy"))
+
+
+def test_train_says_what_it_does_and_leaves_what_it_should(first):
+    folder, out = first
+    assert "leakage audit: 0 by task id and 0 by identical pair" in out
+    assert "devices: 1 ×" in out
+    assert f"evaluate --workdir {folder}" in out.splitlines()[-1]
+    config = from_json((folder / "config.json").read_text())
+    assert config.model.experts == 3 and config.data.buckets == (48,)
+    parameters = json.loads((folder / "parameters.json").read_text())
+    assert parameters["total"] == sum(parameters["groups"].values())
+    assert f"parameters: {parameters['total']:,}" in out and f"{parameters['embeddings']:,} in embeddings" in out
+    assert [row["step"] for row in rows(folder)] == [1, *range(10, 61, 10)]
+    assert [row["step"] for row in rows(folder) if "valid_exact" in row] == [20, 40, 60]
+    needed = {"main_loss", "main_acc", "exact", "meta_loss", "tau", "pi", "active_share", "skipped", "tokens", "lr_main", "layers"}
+    assert needed <= rows(folder)[-1].keys()
+    assert set(rows(folder)[-1]["layers"]) == {"block.attention", "block.feedforward"}
+    with np.load(folder / "routing_latest.npz", allow_pickle=False) as routing:
+        assert routing["block.feedforward.proto"].shape == (3, 32)
+        assert routing["block.feedforward.usage"].sum() == pytest.approx(1)
+    assert list((folder / "tensorboard").iterdir())
+    assert json.loads((folder / "run.json").read_text())["preset"] == "smoke"
+
+
+@pytest.mark.parametrize("shortened", [False, True])
+def test_the_same_command_again_finds_the_run_complete(copy, shortened, monkeypatch, capsys):
+    before = {path: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+    args = SMALL[:2] if shortened else SMALL
+    assert here(monkeypatch, "train", *args, "--workdir", copy, "--mesh.data", "1") == 0
+    assert "is complete: 60 of 60 steps" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_command_that_differs_is_refused_with_the_fields(copy, monkeypatch, capsys):
+    assert here(monkeypatch, "train", *SMALL, "--workdir", copy, "--model.experts", "4", "--optim.lr", "0.1") == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert "model.experts: 3 -> 4; optim.lr: 0.003 -> 0.1" in line and str(copy) in line and not out
+    assert here(monkeypatch, "train", "--preset", "demo", "--workdir", copy) == 2
+    assert "model.dim: 32 -> 128" in capsys.readouterr().err
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    line = command("train", *SMALL, "--workdir", folder)
+    return subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def saved(folder: Path) -> list[int]:
+    return steps(folder / "checkpoints")
+
+
+def wait_until(condition, program: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 200
+    while not condition():
+        assert program.poll() is None and time.monotonic() < end, program.communicate()
+        time.sleep(0.002)
+
+
+def test_killed_and_stopped_it_ends_bit_for_bit_the_same(first, tmp_path):
+    folder, moments = tmp_path / "killed", random.Random(1)
+    for goal, signum in ((10, signal.SIGKILL), (20, signal.SIGKILL), (30, signal.SIGTERM), (40, signal.SIGKILL)):
+        program = start(folder)
+        wait_until(lambda goal=goal: (saved(folder) or [0])[-1] >= goal, program)
+        time.sleep(moments.uniform(0, 0.05))
+        program.send_signal(signum)
+        out, err = program.communicate(timeout=60)
+        if program.returncode == 0:
+            continue  # it was quicker than the signal
+        assert program.returncode == (143 if signum == signal.SIGTERM else -signal.SIGKILL), err
+        if signum == signal.SIGTERM:
+            stopped, resume = out.splitlines()[-1].split("; resume with: ")
+            assert f"after step {saved(folder)[-1]}, which is saved" in stopped
+            assert shlex.split(resume)[1:] == ["experiments/arc.py", "train", *SMALL, "--workdir", str(folder)]
+    _, err = start(folder).communicate(timeout=200)
+    assert saved(folder)[-1] == 60, err
+    same(first[0], folder)
+
+
+def test_a_truncated_newest_checkpoint_costs_only_time(first, copy):
+    for file in (copy / "checkpoints" / "60").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    done = run("train", *SMALL, "--workdir", copy)
+    assert done.returncode == 0, done.stderr
+    assert "60 cannot be read" in done.stdout and "falling back to step 50" in done.stdout and not done.stderr
+    same(first[0], copy)
+
+
+def test_another_number_of_devices_goes_on(first, copy, monkeypatch, capsys):
+    shutil.rmtree(copy / "checkpoints" / "60")
+    assert here(monkeypatch, "train", "--workdir", copy, "--mesh.data", "2", "--mesh.fsdp", "4") == 0
+    assert "devices: 8 ×" in capsys.readouterr().out
+    for one, eight in zip(rows(first[0]), rows(copy), strict=True):
+        assert one["main_loss"] == pytest.approx(eight["main_loss"], rel=2e-3)
+    one, eight = leaves(first[0]), leaves(copy)
+    for name in (name for name in one if name.startswith("ema")):
+        np.testing.assert_allclose(one[name], eight[name], atol=5e-3, err_msg=name)
+
+
+def test_evaluate_predict_and_report_need_the_folder_alone(copy, tmp_path):
+    done = run("evaluate", "--workdir", copy, "--augmentations", "2")
+    assert done.returncode == 0, done.stderr
+    score = json.loads((copy / "score.json").read_text())
+    assert score["checkpoint"] == 60 and score["augmentations"] == 2
+    assert all(0 <= score[name][key] <= 1 for name in ("pass@1", "pass@2") for key in ("outputs", "task_mean", "tasks"))
+    submission = json.loads((copy / "submission.json").read_text())
+    predictions = json.loads((copy / "predictions.json").read_text())["tasks"]
+    assert submission.keys() == predictions.keys() and len(predictions) == score["counts"]["tasks"] == 6
+    assert "pass@2" in done.stdout
+
+    name = next(iter(predictions))
+    done = run("predict", "--workdir", copy, "--task", name, "--augmentations", "2")
+    assert done.returncode == 0, done.stderr
+    assert "test input" in done.stdout and "attempt 1" in done.stdout
+    assert (copy / "figures" / f"task_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    done = run("report", "--workdir", copy)
+    assert done.returncode == 0, done.stderr
+    assert f"{score['pass@2']['outputs']:.1%}".replace("%", " %") in (copy / "report.html").read_text()
+    done = run("compare", "--workdirs", copy, copy, "--picture", tmp_path / "compare.png")
+    assert done.returncode == 0 and (tmp_path / "compare.png").exists(), done.stderr
+
+
+def bad_tasks(folder: Path) -> Path:
+    """A folder with one good task and one whose grid has a colour of 12."""
+    folder.mkdir()
+    pair = {"input": [[1, 2]], "output": [[2, 1]]}
+    (folder / "good.json").write_text(json.dumps({"train": [pair], "test": [pair]}))
+    (folder / "bad.json").write_text(json.dumps({"train": [{"input": [[12]], "output": [[1]]}], "test": [pair]}))
+    return folder
+
+
+MISTAKES = {
+    "no such command": (["fly"], "train, evaluate, predict, report, compare"),
+    "a value that cannot be": (["train", "--workdir", "{}", "--model.dim", "0"], "model.dim must be at least 1"),
+    "fields that do not fit": (["train", "--workdir", "{}", "--data.format", "context"], "model.task_embedding"),
+    "devices that do not divide": (["train", "--preset", "smoke", "--workdir", "{}", "--mesh.fsdp", "3"], "mesh.fsdp (3)"),
+    "no such tasks": (["train", "--workdir", "{}", "--data.train", "nowhere"], "data.train: 'nowhere' does not exist"),
+    "no such folder": (["evaluate", "--workdir", "{}"], "no such run folder"),
+    "no folder to report on": (["report", "--workdir", "{}"], "no such run folder"),
+}
+
+
+@pytest.mark.parametrize(("args", "says"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_line_and_exit_2(args, says, tmp_path, monkeypatch, capsys):
+    assert here(monkeypatch, *(arg.format(tmp_path / "new") for arg in args)) == 2
+    out, err = capsys.readouterr()
+    assert says in err and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in out + err
+
+
+def test_mistakes_about_a_run_that_is_there(copy, monkeypatch, capsys):
+    (copy / "own.json").write_text("{}")
+    for args, says in (
+        (["evaluate", "--checkpoint", "7"], "no checkpoint of step 7; there are"),
+        (["evaluate", "--checkpoint", "newest"], "latest, best or a step"),
+        (["predict", "--task", "nothing"], "is not in"),
+        (["predict", "--file", copy / "own.json"], "--data.format context"),
+        (["predict"], "--task ID"),
+    ):
+        assert here(monkeypatch, *args, "--workdir", copy) == 2
+        _, err = capsys.readouterr()
+        assert says in err and err.count("\n") == 1
+    shutil.rmtree(copy / "checkpoints")
+    assert here(monkeypatch, "evaluate", "--workdir", copy) == 2
+    assert "no checkpoint yet; train first" in capsys.readouterr().err
+    (copy / "config.json").write_text('{"model": {"dim": 1')
+    assert here(monkeypatch, "train", "--workdir", copy) == 2
+    assert f"{copy / 'config.json'}: not JSON" in capsys.readouterr().err
+
+
+def test_invalid_tasks_stop_the_start_or_are_skipped(tmp_path, monkeypatch, capsys):
+    tasks, folder = bad_tasks(tmp_path / "tasks"), tmp_path / "run"
+    args = ("--preset", "smoke", "--workdir", str(folder), "--data.train", str(tasks), "--data.eval", str(tasks))
+    assert here(monkeypatch, "train", *args) == 2
+    err = capsys.readouterr().err
+    assert "bad.json" in err and "12 is no colour" in err and "--data.skip-invalid" in err and err.count("\n") == 1
+    assert not folder.exists()  # nothing was begun that would stand in the way of the corrected command
+    for flag in ("--skip-invalid", "--data.skip-invalid"):
+        parsed = cli.parse("train", [*args, flag])
+        assert runs.load_task_sets(parsed.config.data).skipped == 1
+
+
+def test_a_file_of_ones_own_for_a_run_that_takes_it(tmp_path):
+    tasks = bad_tasks(tmp_path / "tasks")
+    where = ("--data.train", str(tasks / "good"), "--data.eval", str(tasks / "good"))
+    (tasks / "good").mkdir()
+    shutil.copy(tasks / "good.json", tasks / "good" / "good.json")
+    parsed = cli.parse("train", ["--workdir", str(tmp_path / "run"), *where, "--data.format", "context", "--model.no-task-embedding"])
+    run = runs.begin(tmp_path / "run", parsed.config, "demo")
+    assert runs.read_task(run, tasks / "good.json").id == "good"
+    with pytest.raises(ValueError, match="12 is no colour"):
+        runs.read_task(run, tasks / "bad.json")
+
+
+def test_help_lists_commands_presets_and_every_field(monkeypatch, capsys):
+    assert here(monkeypatch, "--help") == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in (*cli.COMMANDS, *PRESETS))
+    monkeypatch.setenv("COLUMNS", "200")
+    assert here(monkeypatch, "train", "--help") == 0
+    out = capsys.readouterr().out
+    assert all(line in out for line, _ in PRESETS.values())
+    assert all(flag in out for flag in ("--model.kind {dense,dyntrm}", "--learning.rule", "--mesh.fsdp", "--data.train", "--optim.muon-lr"))
+
+
+def test_defaults_come_from_the_preset_then_the_folder(copy):
+    assert cli.parse("train", ["--workdir", "new"]).config == PRESETS["demo"][1]
+    parsed = cli.parse("train", ["--workdir", "new", "--preset", "laptop", "--model.experts", "16"]).config
+    assert parsed.model.experts == 16 and parsed.train == PRESETS["laptop"][1].train
+    assert cli.parse("evaluate", ["--workdir", str(copy)]).eval.augmentations == 4  # smoke's
+    assert cli.parse("evaluate", ["--workdir", str(copy), "--augmentations", "16"]).eval.augmentations == 16
+    assert cli.parse("train", ["--workdir", str(copy)]).config == from_json((copy / "config.json").read_text())
+    with pytest.raises(ConfigError):
+        cli.parse("train", ["--workdir", "new", "--train.steps", "0"])
+
+
+def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path):
+    code = "import jax, sys; from tinyonn_jax import cli; cli.set_up(sys.argv[1] == 'yes'); jax.jit(lambda x: x @ x)(jax.numpy.ones((9, 9)))"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    for word in ("no", "yes"):
+        done = subprocess.run([sys.executable, "-c", code.replace("0.1", "0"), word], env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "tinyonn_jax" / "xla").exists() == (word == "yes")
