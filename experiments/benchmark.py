@@ -72,7 +72,7 @@ def medians(functions: dict[str, Callable[[], Any]], repeats: int = 9, seconds: 
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def random_batch(sequences: int, length: int) -> Batch:
+def random_batch(sequences: int, length: int) -> Any:
     """Random tokens on random cells, the second half trained on."""
     rng = np.random.default_rng(0)
     mask = np.zeros((sequences, length), np.float32)
@@ -224,7 +224,7 @@ def decoding() -> Iterator[Row]:
     @jax.jit
     def uncached(params, tokens):
         def body(i, tokens):
-            logits = transformer.apply(params, batch.replace(tokens=tokens), model).logits
+            logits = transformer.apply(params, dataclasses.replace(batch, tokens=tokens), model).logits
             token = jnp.argmax(logits[0, prompt + i - 1]).astype(jnp.int32)
             return tokens.at[0, prompt + i].set(token)
 
@@ -259,9 +259,7 @@ def start() -> Iterator[Row]:
 def throughput() -> Iterator[Row]:
     """Padded tokens per second of training, both cores: laptop shapes, recursed dense block."""
     preset = PRESETS["laptop"][1]
-    config = dataclasses.replace(
-        preset, model=ModelConfig(kind="dense", dim=128, depth=4), learning=LearningConfig(rule="none")
-    )
+    config = dataclasses.replace(preset, model=ModelConfig(kind="dense", dim=128, depth=4), learning=LearningConfig(rule="none"))
     dataset = build_dataset(load_task_sets(config.data), config.data)
     rule = make_rule(config)
     loss, tx = make_loss(config, rule), optim.make_optimizer(config.optim, config.train.steps)
@@ -307,7 +305,9 @@ def main() -> None:
     for name in args.only:
         for row in ROWS[name]():
             console.print(f"{row.row}: {row.value:.4g} {row.unit}", highlight=False)
-            table.add_row(row.row, f"{row.value:.4g}", f"{'≥' if row.least else '≤'} {row.limit:g}", row.unit, "yes" if row.ok else "NO")
+            table.add_row(
+                row.row, f"{row.value:.4g}", f"{'≥' if row.least else '≤'} {row.limit:g}", row.unit, "yes" if row.ok else "NO"
+            )
             rows.append({"row": row.row, "value": row.value, "limit": row.limit, "ok": row.ok})
             jax.clear_caches()
     console.print(table)

@@ -1,16 +1,25 @@
-"""Settings that every test shares: CPU, eight simulated devices, a compilation cache, repeatable property tests."""
+"""Settings that every test shares: CPU, eight simulated devices, quick compilation, repeatable property tests."""
 
 import os
 import socket
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("MPLBACKEND", "Agg")
-
 import hypothesis
 import jax
+import jaxlib
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)  # this process only: programs that a test starts see one device
+# Programs in tests are compiled once and run for milliseconds, so XLA need not optimise them: compiling is what they wait for.
+QUICK = "--xla_backend_optimization_level=0"
+if jaxlib.__version__.startswith("0.10."):
+    QUICK += " --xla_cpu_use_fusion_emitters=false"  # newer ones do not know it, and need it less
+
+# For the programs that tests start, too.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("XLA_FLAGS", QUICK)
+
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+jax.config.update("jax_num_cpu_devices", 8)  # those programs see one device unless told otherwise
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
@@ -18,7 +27,7 @@ hypothesis.settings.load_profile("repeatable")
 
 def pytest_configure(config: pytest.Config):
     """Compilations are kept between runs, and shared with the programs that tests start."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("xla")))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.rootpath / ".pytest_cache" / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -79,7 +79,9 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("dim", "heads", "head_dim", "hidden", "experts", "active_experts", "expert_hidden", "depth"):
             _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, got {getattr(self, name)}")
-        _require(self.head_dim % 2 == 0 and self.head_dim >= 6, f"model.head_dim must be even and at least 6, got {self.head_dim}")
+        _require(
+            self.head_dim % 2 == 0 and self.head_dim >= 6, f"model.head_dim must be even and at least 6, got {self.head_dim}"
+        )
         _require(self.shared_experts >= 0, f"model.shared_experts must not be negative, got {self.shared_experts}")
         _require(0.0 <= self.deep_supervision <= 1.0, f"model.deep_supervision must lie in [0, 1], got {self.deep_supervision}")
         if self.kind == "dyntrm":
@@ -89,7 +91,8 @@ class ModelConfig:
             )
             _require(
                 1 <= self.active_heads <= self.latent_heads // self.heads,
-                f"model.active_heads ({self.active_heads}) must lie between 1 and latent_heads / heads ({self.latent_heads // self.heads})",
+                f"model.active_heads ({self.active_heads}) must lie between 1 and model.latent_heads / model.heads "
+                f"({self.latent_heads // self.heads})",
             )
             _require(
                 self.active_experts <= self.experts,
@@ -118,7 +121,9 @@ class LearningConfig:
 
     def __post_init__(self):
         _require(self.balance >= 0, f"learning.balance must not be negative, got {self.balance}")
-        _require(self.pi_alpha > 0 and self.pi_gamma >= 0, "learning.pi_alpha must be positive and learning.pi_gamma not negative")
+        _require(
+            self.pi_alpha > 0 and self.pi_gamma >= 0, "learning.pi_alpha must be positive and learning.pi_gamma not negative"
+        )
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,7 @@ class DataConfig:
     """The tasks: what is learned from and what is scored."""
 
     train: tuple[str, ...] = ("arc1",)
-    """Training sources: arc1, arc2 (their training splits), arc1/evaluation and the like, a folder of task files, or a Kaggle *_challenges.json."""
+    """Training sources: arc1, arc2 (their training splits), arc1/evaluation or the like, a folder, a Kaggle *_challenges.json."""
     eval: str = "arc1/training"
     """Scored source: arc1, arc2 (their evaluation splits), arc1/training, a folder, or a Kaggle *_challenges.json."""
     max_grid: int = 0
@@ -191,12 +196,14 @@ class DataConfig:
     def __post_init__(self):
         _require(len(self.train) > 0, "data.train must name at least one source")
         _require(
-            len(self.buckets) > 0 and all(a < b for a, b in zip(self.buckets, self.buckets[1:], strict=False)) and self.buckets[0] > 0,
+            len(self.buckets) > 0
+            and all(a < b for a, b in zip(self.buckets, self.buckets[1:], strict=False))
+            and self.buckets[0] > 0,
             f"data.buckets must be positive and rising, got {self.buckets}",
         )
         _require(
-            self.tokens_per_batch >= self.buckets[-1],
-            f"data.tokens_per_batch ({self.tokens_per_batch}) must be at least the longest of data.buckets ({self.buckets[-1]})",
+            self.tokens_per_batch >= max(self.buckets),
+            f"data.tokens_per_batch ({self.tokens_per_batch}) must be at least the longest of data.buckets ({max(self.buckets)})",
         )
         _require(0 <= self.max_grid <= 30, f"data.max_grid must lie between 0 and 30, got {self.max_grid}")
         _require(self.smallest >= 0, f"data.smallest must not be negative, got {self.smallest}")
@@ -280,7 +287,9 @@ class Config:
             "model.task_embedding must be false with data.format context: the demonstrations take its place",
         )
         _require(
-            self.learning.rule != "backprop" or self.model.kind == "dense" or self.model.select == "relu"
+            self.learning.rule != "backprop"
+            or self.model.kind == "dense"
+            or self.model.select == "relu"
             or self.model.weight != "hard",
             "learning.rule backprop needs weights with a gradient: set model.weight to softmax or relu",
         )
@@ -333,7 +342,16 @@ def differences(a: Config, b: Config, ignore: tuple[str, ...] = FREE_FIELDS) -> 
 
 _LONG_BUCKETS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1408, 1920)
 _LARGE_MODEL = ModelConfig(
-    dim=768, heads=12, head_dim=64, latent_heads=48, hidden=3072, experts=16, expert_hidden=1536, depth=8, remat=True, dtype="bfloat16"
+    dim=768,
+    heads=12,
+    head_dim=64,
+    latent_heads=48,
+    hidden=3072,
+    experts=16,
+    expert_hidden=1536,
+    depth=8,
+    remat=True,
+    dtype="bfloat16",
 )
 _LARGE_OPTIM = OptimConfig(muon_lr=1.66e-3, lr=3e-4, meta_lr=3e-4, decay_from=0.8, ema=0.999)
 _LARGE_TRAIN = TrainConfig(steps=200_000, log_every=100, checkpoint_every=2000)
@@ -364,7 +382,9 @@ PRESETS: dict[str, tuple[str, Config]] = {
         Config(
             model=_LARGE_MODEL,
             optim=_LARGE_OPTIM,
-            data=DataConfig(train=("arc1", "arc2"), eval="arc1", buckets=_LONG_BUCKETS, tokens_per_batch=16_384, drop_overlap=True),
+            data=DataConfig(
+                train=("arc1", "arc2"), eval="arc1", buckets=_LONG_BUCKETS, tokens_per_batch=16_384, drop_overlap=True
+            ),
             train=_LARGE_TRAIN,
             eval=EvalConfig(augmentations=300, batch=512),
         ),
@@ -374,7 +394,9 @@ PRESETS: dict[str, tuple[str, Config]] = {
         Config(
             model=_LARGE_MODEL,
             optim=_LARGE_OPTIM,
-            data=DataConfig(train=("arc1", "arc2"), eval="arc2", buckets=_LONG_BUCKETS, tokens_per_batch=16_384, drop_overlap=True),
+            data=DataConfig(
+                train=("arc1", "arc2"), eval="arc2", buckets=_LONG_BUCKETS, tokens_per_batch=16_384, drop_overlap=True
+            ),
             train=_LARGE_TRAIN,
             eval=EvalConfig(augmentations=300, batch=512),
         ),

@@ -42,4 +42,6 @@ def test_rms_norm_by_hand(dtype):
     x = jnp.array([[3.0, -4.0], [0.0, 0.0]], dtype)
     y = base.rms_norm(x, jnp.array([1.0, 2.0]))
     assert y.dtype == dtype
-    np.testing.assert_allclose(y.astype(jnp.float32), [[3 / 12.5**0.5, -8 / 12.5**0.5], [0, 0]], rtol=1e-2 if dtype == "bfloat16" else 1e-6)
+    np.testing.assert_allclose(
+        y.astype(jnp.float32), [[3 / 12.5**0.5, -8 / 12.5**0.5], [0, 0]], rtol=1e-2 if dtype == "bfloat16" else 1e-6
+    )

@@ -67,5 +67,7 @@ def test_shared_experts_add_to_every_token_routed_or_not():
 
 def test_spec_declares_stacked_experts_and_no_shared_ones_unless_asked():
     made = dynmoe.spec(dynmoe.Config(D, F, RouterConfig(4, 2), gated=True))
-    assert made.shared is None and made.modules.w_in == Param((4, D, 2 * F), ("experts", "embed", "hidden"), made.modules.w_in.init)
+    assert made.shared is None and made.modules.w_in == Param(
+        (4, D, 2 * F), ("experts", "embed", "hidden"), made.modules.w_in.init
+    )
     assert made.modules.w_out.shape == (4, F, D) and made.router.proto.shape == (4, D)

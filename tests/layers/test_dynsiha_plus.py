@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(B, T, D)), jnp.float32)
 TARGET = jnp.asarray(RNG.normal(size=(B, T, D)), jnp.float32)
 WHERE = attention.context(jnp.asarray(RNG.integers(0, 4, (B, T, 3))), C, prefix=jnp.array([3, 0]))
-VALID = np.arange(T) < np.array([[T], [T - 1]])
+VALID = jnp.arange(T) < jnp.array([[T], [T - 1]])
 
 
 @partial(jax.jit, static_argnums=0)
@@ -113,7 +113,12 @@ def test_values_gradients_and_taps_against_one_copy_per_token(router):
     np.testing.assert_allclose(y, want_y, **CLOSE)
     np.testing.assert_allclose(d_x, want_x, **CLOSE)
     total = summed(d_copies, chosen.index, router.modules)
-    for got, want in ((d_params.w_k, rest.w_k), (d_params.w_v, rest.w_v), (d_params.modules.w_q, total.w_q), (d_params.modules.w_o, total.w_o)):
+    for got, want in (
+        (d_params.w_k, rest.w_k),
+        (d_params.w_v, rest.w_v),
+        (d_params.modules.w_q, total.w_q),
+        (d_params.modules.w_o, total.w_o),
+    ):
         np.testing.assert_allclose(got, want, **CLOSE)
 
     weight, g = np.asarray(chosen.weight, np.float64), np.asarray(g, np.float64)
@@ -121,7 +126,7 @@ def test_values_gradients_and_taps_against_one_copy_per_token(router):
     np.testing.assert_allclose(np.sqrt(d_tap.attribution), np.abs(weight * np.einsum("nd,nkd->nk", g, heads)), **CLOSE)
     np.testing.assert_allclose(np.sqrt(d_tap.param), norms(d_copies, 2), **CLOSE)
     np.testing.assert_allclose(np.sqrt(d_tap.module), norms(total, 1), **CLOSE)
-    assert by_module(d_tap.param, chosen)[~VALID.reshape(-1)].max() == 0 < by_module(d_tap.param, chosen).max()
+    assert by_module(d_tap.param, chosen)[~np.asarray(VALID).reshape(-1)].max() == 0 < by_module(d_tap.param, chosen).max()
 
 
 def test_at_most_k_heads_of_each_group_are_used():

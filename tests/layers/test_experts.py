@@ -18,10 +18,10 @@ TARGET = jnp.asarray(RNG.normal(size=(N, D)), jnp.float32)
 VALID = np.arange(N) != 5
 
 
-def decide(select="threshold", isolate=True):
-    """Twelve tokens of which one is padding; with threshold some slots are idle."""
+def decide():
+    """Twelve tokens of which one is padding; some slots are idle."""
     router = Router(jnp.asarray(RNG.normal(size=(E, D)), jnp.float32), jnp.asarray([0.0, 0.3, -0.1, 5.0]))  # expert 3: unused
-    return routing.route(router, X, RouterConfig(E, K, select=select, isolate=isolate), VALID)
+    return routing.route(router, X, RouterConfig(E, K, select="threshold"), VALID)
 
 
 ROUTING = decide()
@@ -86,7 +86,9 @@ def test_both_paths_equal_materialised_gradients(gated):
 
 def test_the_tables_here_have_idle_slots_a_padded_token_and_an_unused_expert():
     used = by_module(np.ones((N, K)), ROUTING)
-    assert 0 < ROUTING.active.sum() < ROUTING.active.size and not used[5].any() and not used[:, 3].any() and used[:, :3].any(0).all()
+    assert (
+        0 < ROUTING.active.sum() < ROUTING.active.size and not used[5].any() and not used[:, 3].any() and used[:, :3].any(0).all()
+    )
 
 
 def test_unused_and_idle_have_no_surprise():

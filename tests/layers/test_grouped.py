@@ -66,7 +66,9 @@ def test_bfloat16(implementation):
     x, w, g = numbers(jnp.bfloat16)
     sizes = SIZES["two empty groups"]
     y, (dx, dw, tap), _, _ = forward_and_back(implementation, x, w, jnp.asarray(sizes), g)
-    assert {y.dtype, dx.dtype, dw.dtype} == {jnp.dtype(jnp.bfloat16)} and {tap.rows.dtype, tap.modules.dtype} == {jnp.dtype("float32")}
+    assert {y.dtype, dx.dtype, dw.dtype} == {jnp.dtype(jnp.bfloat16)} and {tap.rows.dtype, tap.modules.dtype} == {
+        jnp.dtype("float32")
+    }
     want = naive(x, w, sizes, g)
     for got, expected in zip((y, dx, dw), want[:3], strict=True):  # eight bits of mantissa, once, on sums kept in float32
         np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=1 / 128, atol=0.03)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.layers.naive import by_module, hand_made, make
+from tests.layers.naive import by_module, hand_made
 from tinyonn_jax.layers import routing
+from tinyonn_jax.layers.base import init
 from tinyonn_jax.layers.routing import Router, RouterConfig
 
 X = np.array([[3, 4], [0, 2], [0, 0]], np.float32)
@@ -208,10 +209,7 @@ def numpy_loss(proto, gate, x, cfg):
     total = 0.0
     for n, row in enumerate(logits):
         best = np.argsort(-row, kind="stable")[: cfg.slots]
-        if cfg.select == "relu":
-            weight = np.maximum(row[best], 0)
-        else:
-            weight = np.exp(row[best]) / np.exp(row[best]).sum()
+        weight = np.maximum(row[best], 0) if cfg.select == "relu" else np.exp(row[best]) / np.exp(row[best]).sum()
         total += (n + 1) * np.sum(weight * np.array([1.0, -2.0, 0.5, 3.0])[best])
     return total
 
@@ -256,8 +254,8 @@ def test_fallback_zero_keeps_gradients_finite():
 
 
 def test_spec_shapes_and_first_values():
-    for cost, shape in (("bias", (6,)), ("linear", (6, 50))):
-        router = make(routing.spec(50, RouterConfig(6, 1, cost=cost)))
+    for cfg, shape in ((RouterConfig(6, 1), (6,)), (RouterConfig(6, 1, cost="linear"), (6, 50))):
+        router = init(jax.random.key(0), routing.spec(50, cfg))
         assert router.proto.shape == (6, 50) and router.gate.shape == shape
         assert not np.any(router.gate) and 0.017 < float(jnp.std(router.proto)) < 0.023
 

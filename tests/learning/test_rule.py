@@ -13,6 +13,8 @@ from tinyonn_jax.layers.routing import Router, RouterConfig, route
 from tinyonn_jax.learning import rule as rules
 from tinyonn_jax.learning.rule import backprop, load_balance, none
 
+META: Any = None  # these objectives do not look at it
+
 
 @flax.struct.dataclass
 class Layer:
@@ -27,7 +29,9 @@ class Pair(NamedTuple):
 
 def layer(seed=0, lead=()):
     rng = np.random.default_rng(seed)
-    return Layer(Router(jnp.asarray(rng.normal(size=(*lead, 4, 3)), jnp.float32), jnp.zeros((*lead, 4))), jnp.full(2, float(seed)))
+    return Layer(
+        Router(jnp.asarray(rng.normal(size=(*lead, 4, 3)), jnp.float32), jnp.zeros((*lead, 4))), jnp.full(2, float(seed))
+    )
 
 
 PARAMS = {"embed": jnp.ones(3), "blocks": [layer(1), Pair(layer(2), {"deep": layer(3)})], "plain": {"router": jnp.ones(2)}}
@@ -35,7 +39,11 @@ PARAMS = {"embed": jnp.ones(3), "blocks": [layer(1), Pair(layer(2), {"deep": lay
 
 def test_layers_are_found_by_dotted_path_in_every_container():
     found = rules.layers(PARAMS)
-    assert {name: float(part.w[0]) for name, part in found.items()} == {"blocks.0": 1.0, "blocks.1.0": 2.0, "blocks.1.1.deep": 3.0}
+    assert {name: float(part.w[0]) for name, part in found.items()} == {
+        "blocks.0": 1.0,
+        "blocks.1.0": 2.0,
+        "blocks.1.1.deep": 3.0,
+    }
     assert set(rules.routers(PARAMS)) == set(found)
     assert set(rules.layers(layer(7))) == {""}
 
@@ -84,7 +92,7 @@ def test_a_step_down_the_load_balance_evens_the_weights():
     x = jnp.asarray(np.abs(rng.normal(size=(32, 3))), jnp.float32)
     router = Router(jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), jnp.array([-2.0, 0, 0, 1.0]))  # module 0 far too cheap
     routing = jax.jit(route, static_argnums=2)(router, x, cfg)
-    objective = jax.jit(jax.value_and_grad(lambda r: backprop(0.5).objective({"a": r}, {"a": routing}, {}, None), has_aux=True))
+    objective = jax.jit(jax.value_and_grad(lambda r: backprop(0.5).objective({"a": r}, {"a": routing}, {}, META), has_aux=True))
     (loss, metrics), grads = objective(router)
     assert float(loss) == pytest.approx(0.5 * float(metrics["loss_balance"])) and float(loss) > 0.5
     assert grads.gate[0] < 0 < grads.gate[1]  # descending raises the price of the module that has too much
@@ -94,9 +102,9 @@ def test_a_step_down_the_load_balance_evens_the_weights():
 
 def test_rules_without_an_objective_of_their_own():
     for rule in (none(), backprop()):
-        loss, metrics = rule.objective({}, {}, {}, None)
+        loss, metrics = rule.objective({}, {}, {}, META)
         assert float(loss) == 0 and metrics == {}
-        assert rule.adjust(PARAMS, {}, {}, None) is PARAMS
+        assert rule.adjust(PARAMS, {}, {}, META) is PARAMS
     assert none().isolate and not backprop().isolate
 
 

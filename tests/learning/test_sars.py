@@ -1,5 +1,7 @@
 """SARS against float64 loops and finite differences, for both granularities and both signs."""
 
+from typing import Any, Literal
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -8,13 +10,16 @@ import pytest
 
 from tinyonn_jax.layers import routing as routes
 from tinyonn_jax.layers.routing import Router, RouterConfig
-from tinyonn_jax.learning.sars import goodness, sars
+from tinyonn_jax.learning.sars import Granularity, goodness, sars
 from tinyonn_jax.learning.signals import Signals
 
 N, D, M, G, K = 7, 4, 6, 2, 4
 CFG = RouterConfig(M, K // G, groups=G, select="hard")
-GRANULARITIES, SIGNS = ("module", "token"), ("bayes", "reinforce")
+GRANULARITIES: tuple[Granularity, ...] = ("module", "token")
+SIGNS: tuple[Literal["bayes", "reinforce"], ...] = ("bayes", "reinforce")
 route = jax.jit(routes.route, static_argnums=2)
+
+META: Any = None  # these objectives do not look at it
 
 
 @flax.struct.dataclass
@@ -95,11 +100,13 @@ def test_unused_modules_get_nothing_whatever_their_logits():
     assert not np.any(token[~used]) and np.any(token[used])
 
 
-objectives = {
-    (g, s): jax.jit(jax.value_and_grad(lambda r, ro, si, g=g, s=s: sars(g, s).objective({"a": r}, {"a": ro}, {"a": si}, None), has_aux=True))
-    for g in GRANULARITIES
-    for s in SIGNS
-}
+def compiled(granularity: Granularity, sign: Literal["bayes", "reinforce"]):
+    """Objective and gradient of one layer."""
+    rule = sars(granularity, sign)
+    return jax.jit(jax.value_and_grad(lambda *parts: rule.objective(*({"a": part} for part in parts), META), has_aux=True))
+
+
+objectives = {(g, s): compiled(g, s) for g in GRANULARITIES for s in SIGNS}
 
 
 @pytest.mark.parametrize("sign", SIGNS)
@@ -134,7 +141,9 @@ def test_padding_counts_for_nothing():
     router, routing, signals = example()
     other = routing.replace(input=routing.input.at[2].set(50.0), logits=routing.logits.at[2].set(-30.0))
     for objective in objectives.values():
-        for a, b in zip(jax.tree.leaves(objective(router, routing, signals)), jax.tree.leaves(objective(router, other, signals)), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(objective(router, routing, signals)), jax.tree.leaves(objective(router, other, signals)), strict=True
+        ):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
@@ -158,7 +167,10 @@ def test_signals_and_logits_of_the_forward_pass_carry_no_gradient():
     @jax.grad
     def through(floats):
         logits, signals = floats
-        return sum(sars(g).objective({"a": router}, {"a": routing.replace(logits=logits)}, {"a": signals}, None)[0] for g in GRANULARITIES)
+        return sum(
+            sars(g).objective({"a": router}, {"a": routing.replace(logits=logits)}, {"a": signals}, META)[0]
+            for g in GRANULARITIES
+        )
 
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(through((routing.logits, signals))))
 
@@ -170,7 +182,7 @@ def test_the_goodness_gate_zeroes_exactly_the_modules_that_are_not_good(granular
     modules = {"w_in": jnp.asarray(rng.normal(size=(M, 3, 2)), jnp.float32), "bias": jnp.asarray(rng.normal(size=M), jnp.float32)}
     grads = {"first": Layer(router, modules), "rest": jnp.ones(3)}
     rule = sars(granularity, goodness_gate=True)
-    gated = jax.jit(lambda g, r, s: rule.adjust(g, {"first": r}, {"first": s}, None))(grads, routing, signals)
+    gated = jax.jit(lambda g, r, s: rule.adjust(g, {"first": r}, {"first": s}, META))(grads, routing, signals)
     mean = naive_goodness(routing, signals, granularity)[np.asarray(routing.valid)].mean(0)
     assert 0 < (mean > 0).sum() < M
     for name, leaf in modules.items():
@@ -178,7 +190,7 @@ def test_the_goodness_gate_zeroes_exactly_the_modules_that_are_not_good(granular
         np.testing.assert_array_equal(gated["first"].modules[name], want)
     np.testing.assert_array_equal(gated["first"].router.proto, router.proto)
     np.testing.assert_array_equal(gated["rest"], 1)
-    assert sars(granularity).adjust(grads, {}, {}, None) is grads
+    assert sars(granularity).adjust(grads, {}, {}, META) is grads
 
 
 def test_recursions_share_one_gate_and_stacked_layers_have_their_own():
@@ -191,7 +203,7 @@ def test_recursions_share_one_gate_and_stacked_layers_have_their_own():
 
     def kept(router, lead):
         grads = {"a": Layer(router, {"w": jnp.ones((*lead, M, 2))})}
-        out = jax.jit(lambda g, r, s: rule.adjust(g, {"a": r}, {"a": s}, None))(grads, routings, both)
+        out = jax.jit(lambda g, r, s: rule.adjust(g, {"a": r}, {"a": s}, META))(grads, routings, both)
         return np.asarray(out["a"].modules["w"])[..., 0] > 0
 
     np.testing.assert_array_equal(kept(router, ()), np.mean(means, 0) > 0)
@@ -199,7 +211,7 @@ def test_recursions_share_one_gate_and_stacked_layers_have_their_own():
 
 
 def test_entropy_share_is_one_for_uniform_priors_and_near_zero_for_certain_ones():
-    router, routing, signals = example()
+    _, routing, signals = example()
     zero = jax.tree.map(jnp.zeros_like, signals)
     even = Router(jnp.zeros((M, D)), jnp.zeros(M))
     assert float(objectives["module", "bayes"](even, routing, zero)[0][1]["entropy_share"]) == pytest.approx(1.0, abs=1e-6)
@@ -212,7 +224,7 @@ def test_several_layers_are_averaged():
     router2, routing2, signals2 = example(3)
     rule = sars()
     alone = [float(objectives["module", "bayes"](*e)[0][0]) for e in ((router, routing, signals), (router2, routing2, signals2))]
-    loss, _ = jax.jit(lambda a, b, c: rule.objective(a, b, c, None))(
+    loss, _ = jax.jit(lambda a, b, c: rule.objective(a, b, c, META))(
         {"x": router, "y": router2}, {"x": routing, "y": routing2}, {"x": signals, "y": signals2}
     )
     assert float(loss) == pytest.approx(np.mean(alone), rel=1e-6)

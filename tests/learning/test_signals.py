@@ -70,10 +70,14 @@ def test_recursions_lead_and_are_pooled_in_the_summary():
     lead = lambda tree: jax.tree.map(lambda x: jnp.stack([x, x]), tree)  # noqa: E731
     both = lead(ROUTING).replace(active=jnp.stack([ROUTING.active, jnp.zeros_like(ROUTING.active)]))
     taps = lead(tapped(PARAM))
-    taps = taps.replace(module=taps.module.at[1].set(0), **{k: getattr(taps, k).at[1].set(0) for k in ("output", "attribution", "param")})
+    taps = taps.replace(
+        module=taps.module.at[1].set(0), **{k: getattr(taps, k).at[1].set(0) for k in ("output", "attribution", "param")}
+    )
     read = signals.read({"a": taps}, {"a": both})["a"]
     assert read.module_param.shape == (2, 3)
-    np.testing.assert_allclose(read.module_output, by_module(4 * np.square(np.stack([PARAM, 0 * PARAM])), both).sum(1) ** 0.5, rtol=1e-6)
+    np.testing.assert_allclose(
+        read.module_output, by_module(4 * np.square(np.stack([PARAM, 0 * PARAM])), both).sum(1) ** 0.5, rtol=1e-6
+    )
     found = signals.summary(both, read)
     assert float(found["active_share"]) == pytest.approx(5 / 18)
     np.testing.assert_allclose(found["load"], [0.4, 0.6, 0], rtol=1e-6)

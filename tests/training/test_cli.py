@@ -210,9 +210,9 @@ def test_evaluate_predict_and_report_need_the_folder_alone(copy, tmp_path):
 def bad_tasks(folder: Path) -> Path:
     """A folder with one good task and one whose grid has a colour of 12."""
     folder.mkdir()
-    pair = {"input": [[1, 2]], "output": [[2, 1]]}
-    (folder / "good.json").write_text(json.dumps({"train": [pair], "test": [pair]}))
-    (folder / "bad.json").write_text(json.dumps({"train": [{"input": [[12]], "output": [[1]]}], "test": [pair]}))
+    pair, test = {"input": [[1, 2]], "output": [[2, 1]]}, {"input": [[3, 4]], "output": [[4, 3]]}
+    (folder / "good.json").write_text(json.dumps({"train": [pair], "test": [test]}))
+    (folder / "bad.json").write_text(json.dumps({"train": [{"input": [[12]], "output": [[1]]}], "test": [test]}))
     return folder
 
 

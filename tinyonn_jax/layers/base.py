@@ -59,7 +59,7 @@ def ones(key: Array, shape: tuple[int, ...]) -> Array:
 
 
 def init(key: Array, spec: Any) -> Any:
-    """Arrays for every `Param` of `spec`. Each leaf's key depends on its path alone, so adding a layer leaves the others as they were."""
+    """Arrays for every `Param` of `spec`. A leaf's key follows from its path: a new layer leaves the others as they were."""
 
     def make(path, p):
         leaf_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()) & 0x7FFFFFFF)

@@ -11,6 +11,7 @@ Source: seed 1 §2.1.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.struct
 from jaxtyping import Array, Bool, Float
@@ -34,8 +35,8 @@ class Config:
 class Heads:
     """The library of latent heads: `w_q [H,D,C]`, `w_o [H,C,D]`."""
 
-    w_q: Array
-    w_o: Array
+    w_q: Any
+    w_o: Any
 
 
 @flax.struct.dataclass
@@ -44,8 +45,8 @@ class Params:
 
     router: routing.Router
     modules: Heads
-    w_k: Array
-    w_v: Array
+    w_k: Any
+    w_v: Any
 
 
 def spec(cfg: Config) -> Params:

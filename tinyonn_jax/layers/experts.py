@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tinyonn_jax.layers import grouped, tap as taps
+from tinyonn_jax.layers import grouped
+from tinyonn_jax.layers import tap as taps
 from tinyonn_jax.layers.base import Param, fan_in
 from tinyonn_jax.layers.routing import Routing, per_module
 
@@ -25,8 +26,8 @@ from tinyonn_jax.layers.routing import Routing, per_module
 class Mlp:
     """Weights of one MLP, or of E stacked along a leading axis: `w_in [D,F]` (`[D,2F]` when gated), `w_out [F,D]`."""
 
-    w_in: Array
-    w_out: Array
+    w_in: Any
+    w_out: Any
 
 
 def mlp_spec(dim: int, hidden: int, gated: bool, experts: int | None = None) -> Mlp:
@@ -74,9 +75,7 @@ def routed_mlp(
 Module = Callable[[Any, Array], Array]
 
 
-def routed(
-    f: Module, params: Any, x: Float[Array, "N D"], routing: Routing, tap: taps.Tap | None = None
-) -> Float[Array, "N D"]:
+def routed(f: Module, params: Any, x: Float[Array, "N D"], routing: Routing, tap: taps.Tap | None = None) -> Float[Array, "N D"]:
     """The same sum for any module function `f(params_m, x [N,D]) -> [N,D]` that treats tokens independently.
 
     `params` has a leading module axis M on every leaf. The backward rule is the explicit per-module vjp. Per-token parameter

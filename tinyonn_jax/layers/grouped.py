@@ -21,7 +21,7 @@ Implementation = Literal["auto", "loop", "ragged"]
 
 @flax.struct.dataclass
 class Plan:
-    """The sorted order of P pairs: `order[row]` is the pair at a row, `inverse[pair]` its row, `sizes[m]` the rows of module m."""
+    """The sorted order of P pairs: `order[row]` the pair at a row, `inverse[pair]` its row, `sizes[m]` the rows of module m."""
 
     order: Int[Array, " P"]
     inverse: Int[Array, " P"]

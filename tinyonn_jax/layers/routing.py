@@ -6,7 +6,7 @@ Source: seed 0 (proposer-builder, DRLN), seed 1 (CAPR, top-k), seed 2 (top-any),
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -53,8 +53,8 @@ class RouterConfig:
 class Router:
     """Router parameters: prototypes `proto [M, D]`, cost `gate [M]`, or `[M, D]` with cost linear."""
 
-    proto: Array
-    gate: Array
+    proto: Any
+    gate: Any
 
 
 @flax.struct.dataclass
@@ -63,7 +63,8 @@ class Routing:
 
     Slots are ordered by group, then by falling logit. `active` marks the slots in use: selections with a variable number of
     modules leave some slots idle, with weight 0, and tokens that are not `valid` (padding) leave all of them idle. `unrouted`
-    marks the valid tokens that had no module above zero (in some group) where the selection asks for one. `config` says how the decision was made, so that a learning rule can make the logits again from `input`.
+    marks the valid tokens that had no module above zero (in some group) where the selection asks for one. `config` says how
+    the decision was made, so that a learning rule can make the logits again from `input`.
     """
 
     logits: Float[Array, "*R N M"]
@@ -89,7 +90,7 @@ def drln(v: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
     """
     peak = jax.lax.stop_gradient(jnp.max(jnp.abs(v), axis, keepdims=True))
     ratio = v / jnp.where(peak > 0, peak, 1.0)
-    # Compiled, the division may be a product with a rounded reciprocal. The largest is made exactly one, so that two largest cancel.
+    # Compiled, the division may be a product with a rounded reciprocal: the largest is made exactly one, so that two cancel.
     return ratio + jax.lax.stop_gradient(jnp.where(jnp.abs(v) == peak, jnp.sign(v) - ratio, 0))
 
 
@@ -135,8 +136,11 @@ def select(logits: Float[Array, "N M"], cfg: RouterConfig) -> tuple[Array, Array
     none takes its best `fallback`.
     """
     n, k = logits.shape[0], cfg.slots_per_group
-    value, index = jax.lax.top_k(logits.reshape(n, cfg.groups, cfg.per_group), k)  # [N,G,k]
-    above = value > 0
+    logits = logits.reshape(n, cfg.groups, cfg.per_group)
+    # Named, so that a rematerialised block keeps the decision instead of making it again; weights and their gradients follow it.
+    index = checkpoint_name(jax.lax.top_k(jax.lax.stop_gradient(logits), k)[1], "routing")  # [N,G,k]
+    value = jnp.sum(jnp.where(index[..., None] == jnp.arange(cfg.per_group), logits[..., None, :], 0), -1)
+    above = checkpoint_name(value > 0, "routing")
     none = ~above[..., :1]
     match cfg.select:
         case "top_k":
@@ -158,21 +162,18 @@ def select(logits: Float[Array, "N M"], cfg: RouterConfig) -> tuple[Array, Array
     return index.reshape(n, -1), weight.reshape(n, -1), active.reshape(n, -1), unrouted
 
 
-def route(
-    router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: Bool[Array, " N"] | None = None
-) -> Routing:
+def route(router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: Bool[Array, " N"] | None = None) -> Routing:
     """Match, cost, select. With `cfg.isolate` the decision is cut from the main loss, towards the router and towards x."""
     valid = jnp.ones(x.shape[0], bool) if valid is None else valid
     detached = jax.lax.stop_gradient(x)
     logits = jax.lax.stop_gradient(routing_logits(router, detached, cfg)) if cfg.isolate else routing_logits(router, x, cfg)
-    # Named, so that a rematerialised block keeps the decision instead of making it again.
     index, weight, active, unrouted = checkpoint_name(select(logits, cfg), "routing")
     active = active & valid[:, None]
     return Routing(logits, index, jnp.where(active, weight, 0), active, detached, valid, unrouted & valid, cfg)
 
 
 def per_module(values: Float[Array, "N K"], routing: Routing) -> Float[Array, "N M"]:
-    """Slot values laid out by module, zero where a token does not use the module. A one-hot sum: it shards where a scatter would not."""
+    """Slot values laid out by module, zero where a token does not use the module. A one-hot sum: a scatter would not shard."""
     modules = jnp.arange(routing.logits.shape[-1])
     hit = (routing.index[..., None] == modules) & routing.active[..., None]
     return jnp.sum(jnp.where(hit, values[..., None], 0), -2)

@@ -20,9 +20,9 @@ from tinyonn_jax.layers.routing import Routing
 class Tap:
     """One routed layer's tap: zeros going in, squared norms coming out as its gradient.
 
-    `output [N,K]` (w‖g_n‖)², `attribution [N,K]` ⟨g_n, w f_m(x_n)⟩², `param [N,K]` squared norm of the parameter gradient that one
-    token causes in one module, `module [M]` squared norm of the module's parameter gradient over the whole batch;
-    g_n is dL/dy_n, w the slot's weight.
+    `output [N,K]` (w‖g_n‖)²; `attribution [N,K]` ⟨g_n, w f_m(x_n)⟩²; `param [N,K]` squared norm of the parameter gradient that
+    one token causes in one module; `module [M]` squared norm of the module's parameter gradient over the whole batch. g_n is
+    dL/dy_n, w the slot's weight.
     """
 
     output: Float[Array, "*R N K"]
@@ -37,9 +37,7 @@ def zeros(routing: Routing) -> Tap:
     return Tap(jnp.zeros(slots), jnp.zeros(slots), jnp.zeros(slots), jnp.zeros(modules))
 
 
-def combine(
-    outputs: Float[Array, "N K D"], weight: Float[Array, "N K"], tap: Tap | None = None
-) -> Float[Array, "N D"]:
+def combine(outputs: Float[Array, "N K D"], weight: Float[Array, "N K"], tap: Tap | None = None) -> Float[Array, "N D"]:
     """y_n = Σ_k weight_nk · outputs_nk, tapped for output gradients and attributions."""
     if tap is None:
         return _combine(outputs, weight)

@@ -6,6 +6,7 @@ cannot meet the wrong router. Letters: N tokens, K slots, M modules.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -65,7 +66,12 @@ def layers(params: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def routers(params: Any) -> Routers:
     """The routers of a params tree, by the name of their layer."""
-    return {name: layer.router for name, layer in layers(params).items()}
+    return {name: part(layer, "router") for name, layer in layers(params).items()}
+
+
+def part(layer: Any, name: str) -> Any:
+    """One part of a layer, be it a struct or a dict."""
+    return layer[name] if isinstance(layer, dict) else getattr(layer, name)
 
 
 def replace_layer(params: Any, name: str, layer: Any) -> Any:
@@ -100,10 +106,12 @@ def initial(params: Any, routings: Routings) -> MetaState:
     Raises:
         ValueError: the routings' names are not those of the routed layers in `params`.
     """
-    found = layers(params)
+    found = routers(params)
     if set(found) != set(routings):
-        raise ValueError(f"routings {sorted(routings)} do not match the routed layers of params {sorted(found)}: name each by its dotted path")
-    records = {name: jnp.zeros(layer.router.proto.shape[:-1], jnp.float32) for name, layer in found.items()}
+        raise ValueError(
+            f"routings {sorted(routings)} do not match the routed layers of params {sorted(found)}: name each by its dotted path"
+        )
+    records = {name: jnp.zeros(router.proto.shape[:-1], jnp.float32) for name, router in found.items()}
     return MetaState(records=records, accuracy=jnp.float32(0))
 
 
@@ -114,7 +122,7 @@ def record(meta: MetaState, routings: Routings, signals: dict[str, Signals], met
         used = jnp.sum(per_module(jnp.ones_like(routings[name].weight), routings[name]), -2)  # [*R,M]
         records[name] = total + (used if used.ndim == total.ndim else used.sum(0))
     accuracy = metrics.get("main_acc", meta.accuracy)
-    return meta.replace(records=records, accuracy=decay * meta.accuracy + (1 - decay) * accuracy)
+    return replace(meta, records=records, accuracy=decay * meta.accuracy + (1 - decay) * accuracy)
 
 
 def load_balance(weight: Float[Array, "*R N K"], routing: Routing) -> Array:

@@ -17,7 +17,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from tinyonn_jax.layers.routing import Routing, drln, entropy, per_module
-from tinyonn_jax.learning.rule import LearningRule, initial, layers, logits_of, mean_over_tokens, record, replace_layer
+from tinyonn_jax.learning.rule import LearningRule, initial, layers, logits_of, mean_over_tokens, part, record, replace_layer
 from tinyonn_jax.learning.signals import Signals
 
 Granularity = Literal["module", "token"]
@@ -84,9 +84,9 @@ def sars(
             good = goodness(routings[name], signals[name], granularity)
             mean = jnp.where(routings[name].valid[..., None, None], good, 0).sum(-3)  # [*R,G,P]
             mean = mean.reshape(*mean.shape[:-2], -1)
-            if layer.router.proto.ndim == 2:  # one router for all recursions
+            if part(layer, "router").proto.ndim == 2:  # one router for all recursions
                 mean = mean.reshape(-1, mean.shape[-1]).sum(0)
-            grads = replace_layer(grads, name, layer.replace(modules=gate(layer.modules, mean > 0)))
+            grads = replace_layer(grads, f"{name}.modules".lstrip("."), gate(part(layer, "modules"), mean > 0))
         return grads
 
     return LearningRule(initial, objective, adjust, record)

@@ -19,8 +19,9 @@ from tinyonn_jax.layers.routing import Routing, per_module
 class Signals:
     """Norms, float32; zero in idle slots (see `Routing.active`) and for modules nobody used.
 
-    Per token and slot `[N,K]`: `output` w‖g_n‖, `attribution` |⟨g_n, w f_m(x_n)⟩|, `param` the norm of the parameter gradient this
-    token causes in this module ("ghost norm"). Per module `[M]`: `module_output` √Σ_n w²‖g_n‖² over its tokens, `module_param` ‖dL/dθ_m‖.
+    Per token and slot `[N,K]`: `output` w‖g_n‖, `attribution` |⟨g_n, w f_m(x_n)⟩|, `param` the norm of the parameter gradient
+    this token causes in this module ("ghost norm"). Per module `[M]`: `module_output` √Σ_n w²‖g_n‖² over its tokens,
+    `module_param` ‖dL/dθ_m‖.
     """
 
     output: Float[Array, "*R N K"]

@@ -39,7 +39,7 @@ class Block:
 
 @flax.struct.dataclass
 class Params:
-    """`embed [V,D]`, `task [tasks,D]` or None, `dihedral [8,D]`, the block (stacked: leading axis L), `norm [D]`, `head [D,V]`."""
+    """`embed [V,D]`, `task [tasks,D]` or None, `dihedral [8,D]`, the block (stacked: leading L), `norm [D]`, `head [D,V]`."""
 
     embed: Any
     task: Any
@@ -51,8 +51,8 @@ class Params:
 
 @flax.struct.dataclass
 class Output:
-    """`logits [B,T,V]` float32 of the last recursion; `steps [R,B,T,V]` of all of them, if asked for; a `Routing` per routed layer;
-    `depth [B,T]` recursions each token used."""
+    """`logits [B,T,V]` float32 of the last recursion; `steps [R,B,T,V]` of all of them, if asked for; a `Routing` per routed
+    layer; `depth [B,T]` recursions each token used."""
 
     logits: Float[Array, "B T V"]
     steps: Float[Array, "R B T V"] | None
@@ -135,7 +135,18 @@ def _block(
     return x + h, routings, cache
 
 
-def _recurse(params: Params, x: Array, cfg: ModelConfig, where, valid=None, taps=None, cache=None, isolate=True, keep=False, stop=0.0):
+def _recurse(
+    params: Params,
+    x: Array,
+    cfg: ModelConfig,
+    where,
+    valid=None,
+    taps=None,
+    cache: Any = None,
+    isolate=True,
+    keep=False,
+    stop=0.0,
+):
     """The block `depth` times by scan: last x, all x if `keep`, routings and caches with a leading axis R, depth used `[B,T]`.
 
     With `stop` a token keeps its state once its output entropy is below it; its keys and values follow from that state.
@@ -189,7 +200,7 @@ def apply(
     valid = jnp.arange(t) < batch.length[:, None]
     x = _embed(params, batch.tokens, batch.task, batch.dihedral, cfg)
     x, every, routings, _, depth = _recurse(params, x, cfg, where, valid, taps, isolate=isolate, keep=steps, stop=stop)
-    return Output(_read_out(params, x), _read_out(params, every) if steps else None, routings, depth)
+    return Output(_read_out(params, x), None if every is None else _read_out(params, every), routings, depth)
 
 
 def init_cache(cfg: ModelConfig, batch: int, length: int) -> attention.Cache:

@@ -28,7 +28,7 @@ def make_rule(config: Config) -> LearningRule:
 
 
 def token_losses(logits: Float[Array, "*R B T V"], tokens: Int[Array, "B T"]) -> tuple[Float[Array, "*R B T"], Array]:
-    """Cross-entropy of the next token, in nats, and whether the most likely one is right; the last position counts for nothing."""
+    """Cross-entropy of the next token, in nats, and whether the likeliest one is right; the last position counts for nothing."""
     targets = jnp.roll(tokens, -1, -1)
     hot = targets[..., None] == jnp.arange(logits.shape[-1])
     loss = -jnp.sum(jnp.where(hot, jax.nn.log_softmax(logits, -1), 0), -1)
@@ -36,7 +36,7 @@ def token_losses(logits: Float[Array, "*R B T V"], tokens: Int[Array, "B T"]) ->
 
 
 def measure(logits: Float[Array, "B T V"], batch: Any) -> dict[str, Array]:
-    """`main_acc` share of trained tokens predicted right; `exact` share of sequences without a wrong one; `tau`; `tokens` real ones."""
+    """`main_acc` share of trained tokens that are right; `exact` share of sequences with all right; `tau`; `tokens` real ones."""
     _, right = token_losses(logits, batch.tokens)
     real = jnp.max(batch.loss_mask, -1) > 0
     exact = jnp.all(right | (batch.loss_mask == 0), -1) & real
@@ -49,7 +49,7 @@ def measure(logits: Float[Array, "B T V"], batch: Any) -> dict[str, Array]:
 
 
 def make_loss(config: Config, rule: LearningRule) -> LossFn:
-    """Mean cross-entropy over trained tokens. With deep supervision s, every recursion before the last adds s / (R - 1) of its loss."""
+    """Mean cross-entropy over trained tokens. With deep supervision s, each earlier recursion adds s / (R - 1) of its loss."""
     cfg = config.model
 
     def loss_fn(params: Any, taps: Any, batch: Any) -> tuple[Array, Aux]:

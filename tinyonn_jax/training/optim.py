@@ -18,7 +18,7 @@ def _names(path) -> list[str]:
 
 
 def labels(params: Any) -> Any:
-    """"meta" for every leaf under a `router`, "main" for all others."""
+    """ "meta" for every leaf under a `router`, "main" for all others."""
     return jax.tree_util.tree_map_with_path(lambda path, _: "meta" if "router" in _names(path) else "main", params)
 
 

@@ -13,8 +13,8 @@ from tinyonn_jax.learning.rule import MetaState
 
 @flax.struct.dataclass
 class TrainState:
-    """`step` done so far; `params` and their moving average `ema`; both optimizers' `opt_state`; `meta` of the learning rule; `rng` key
-    data; `skipped`: consecutive steps skipped for a non-finite loss or gradient."""
+    """`step` done so far; `params` and their moving average `ema`; both optimizers' `opt_state`; `meta` of the learning rule;
+    `rng` key data; `skipped`: consecutive steps skipped for a non-finite loss or gradient."""
 
     step: Int[Array, ""]
     params: Any

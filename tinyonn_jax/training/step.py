@@ -9,6 +9,7 @@ A step whose loss or gradient is not finite changes nothing but the count of ski
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.struct
@@ -27,7 +28,7 @@ from tinyonn_jax.training.state import TrainState
 
 @flax.struct.dataclass
 class Aux:
-    """What a loss function returns besides the loss: one `Routing` for each routed layer, by the dotted path of its params, and metrics."""
+    """What a loss function returns besides the loss: a `Routing` for each routed layer, by its dotted path, and metrics."""
 
     routings: dict[str, Routing]
     metrics: dict[str, Array]
@@ -47,18 +48,25 @@ def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: Any, batch
     """
     _, shapes = jax.eval_shape(loss_fn, params, None, batch)
     if set(shapes.routings) != set(layers(params)):
-        raise ValueError(f"loss_fn returned routings {sorted(shapes.routings)}, but the routed layers are {sorted(layers(params))}")
+        raise ValueError(
+            f"loss_fn returned routings {sorted(shapes.routings)}, but the routed layers are {sorted(layers(params))}"
+        )
     taps = surprise.make_taps(shapes.routings)
     (loss, aux), (grads, tapped) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(params, taps, batch)
     signals = surprise.read(tapped, aux.routings)
 
     objective = jax.value_and_grad(rule.objective, has_aux=True)
     (meta_loss, rule_metrics), meta_grads = objective(routers(params), aux.routings, signals, meta)
-    for name, layer in layers(grads).items():
-        grads = replace_layer(grads, name, layer.replace(router=jax.tree.map(jnp.add, layer.router, meta_grads[name])))
+    for name, router in routers(grads).items():
+        grads = replace_layer(grads, f"{name}.router".lstrip("."), jax.tree.map(jnp.add, router, meta_grads[name]))
     grads = rule.adjust(grads, aux.routings, signals, meta)
 
-    metrics = {"main_loss": loss, "meta_loss": meta_loss, **aux.metrics, **_routing_metrics(params, aux.routings, signals, rule_metrics)}
+    metrics = {
+        "main_loss": loss,
+        "meta_loss": meta_loss,
+        **aux.metrics,
+        **_routing_metrics(params, aux.routings, signals, rule_metrics),
+    }
     return grads, aux.routings, signals, metrics
 
 
@@ -69,9 +77,9 @@ def _routing_metrics(params: Any, routings: Any, signals: Any, rule_metrics: Any
     found = {
         name: {
             **surprise.summary(routing, signals[name]),
-            "gate_mean": jnp.mean(layers(params)[name].router.gate),
-            "gate_std": jnp.std(layers(params)[name].router.gate),
-            "gate_max": jnp.max(layers(params)[name].router.gate),
+            "gate_mean": jnp.mean(routers(params)[name].gate),
+            "gate_std": jnp.std(routers(params)[name].gate),
+            "gate_max": jnp.max(routers(params)[name].gate),
             **per_layer.get(name, {}),
         }
         for name, routing in routings.items()
@@ -107,8 +115,11 @@ def make_train_step(
         grads, routings, signals, metrics = gradients(loss_fn, rule, state.params, state.meta, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))  # short memory at first, as there is little to remember
-        new = state.replace(
+        decay = jnp.minimum(
+            ema, (1.0 + state.step) / (10.0 + state.step)
+        )  # short memory at first, as there is little to remember
+        new = replace(
+            state,
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
@@ -118,7 +129,7 @@ def make_train_step(
         )
         norm_main, norm_meta = _group_norm(grads, meta=False), _group_norm(grads, meta=True)
         finite = jnp.isfinite(metrics["main_loss"]) & jnp.isfinite(norm_main) & jnp.isfinite(norm_meta)
-        kept = state.replace(step=state.step + 1, skipped=state.skipped + 1)
+        kept = replace(state, step=state.step + 1, skipped=state.skipped + 1)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
         if "tau" in metrics:
             metrics["pi"] = predictive_integrity(metrics["main_loss"], metrics["tau"], metrics.get("surprise_output", 0.0), *pi)

@@ -1,0 +1,269 @@
+"""The train step: signals meet the right layer, groups stay apart, bad steps change nothing, devices do not matter."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.layers.naive import make
+from tests.models import tiny
+from tinyonn_jax.config import Config, MeshConfig, OptimConfig
+from tinyonn_jax.layers import dynmoe
+from tinyonn_jax.layers.routing import RouterConfig
+from tinyonn_jax.learning import backprop, none, sars
+from tinyonn_jax.learning.rule import initial
+from tinyonn_jax.models import transformer
+from tinyonn_jax.training import sharding
+from tinyonn_jax.training.objective import make_loss
+from tinyonn_jax.training.optim import make_optimizer
+from tinyonn_jax.training.state import TrainState
+from tinyonn_jax.training.step import Aux, gradients, make_train_step
+
+D = 6
+RNG = np.random.default_rng(0)
+BATCH: dict[str, Any] = {
+    "x": jnp.asarray(RNG.normal(size=(2, 5, D)), jnp.float32),
+    "y": jnp.asarray(RNG.normal(size=(2, 5, D)), jnp.float32),
+    "root": jnp.float32(1.0),
+}
+OPTIM = OptimConfig(matrices="adamw", warmup=0.0)
+
+
+def layer_config(isolate=True):
+    return dynmoe.Config(D, 4, RouterConfig(3, 2, isolate=isolate))
+
+
+def network(order=("a", "b"), isolate=True, say=None):
+    """A loss over two routed layers, applied in that order; `say` renames the routings it returns."""
+
+    def loss_fn(params, taps, batch):
+        x, routings = batch["x"], {}
+        for name in order:
+            y, routings[name] = dynmoe.apply(params[name], x, layer_config(isolate), tap=(taps or {}).get(name))
+            x = x + y
+        x = x @ params["w_head"]
+        loss = jnp.mean((x - batch["y"]) ** 2) + jnp.sqrt(batch["root"]) * jnp.sqrt(
+            batch["root"] * jnp.sum(params["w_head"] ** 2)
+        )
+        return loss, Aux(
+            {(say or {}).get(n, n): r for n, r in routings.items()}, {"main_acc": jnp.mean(x > 0), "tau": jnp.float32(2.0)}
+        )
+
+    return loss_fn
+
+
+def parameters():
+    layer = dynmoe.spec(layer_config())
+    return {"a": make(layer, 1), "b": make(layer, 2), "w_head": make(layer, 3).modules.w_in[0, :, :1] * jnp.eye(D)}
+
+
+def start(rule, tx, loss_fn=None, params=None):
+    params = parameters() if params is None else params
+    routings = jax.eval_shape(loss_fn or network(isolate=rule.isolate), params, None, BATCH)[1].routings
+    return TrainState.create(params, tx, rule.init(params, routings))
+
+
+def copy(tree):
+    """On the host: a donated state is gone after the step."""
+    return jax.tree.map(lambda x: np.array(x), tree)
+
+
+def collect(rule, loss_fn, params):
+    return jax.jit(lambda p, b: gradients(loss_fn, rule, p, initial(p, jax.eval_shape(loss_fn, p, None, b)[1].routings), b))(
+        params, BATCH
+    )
+
+
+@pytest.fixture(scope="module")
+def with_none():
+    return collect(none(), network(), parameters())
+
+
+@pytest.fixture(scope="module")
+def with_sars():
+    return collect(sars(), network(), parameters())
+
+
+def test_main_gradients_are_those_of_the_plain_loss(with_none):
+    want = jax.jit(jax.grad(network(), has_aux=True), static_argnums=1)(parameters(), None, BATCH)[0]
+    for a, b in zip(jax.tree.leaves(with_none[0]), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-7 * float(jnp.abs(b).max()))
+
+
+def test_main_loss_teaches_modules_and_meta_loss_routers(with_none, with_sars):
+    """Exactly: without a rule no router has a gradient, and with one no module's changes by a bit."""
+    for name in ("a", "b"):
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(with_none[0][name].router))
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(with_sars[0][name].router))
+        jax.tree.map(np.testing.assert_array_equal, with_none[0][name].modules, with_sars[0][name].modules)
+        assert np.any(with_none[0][name].modules.w_in)
+
+
+def test_signals_follow_their_layer_when_two_are_swapped(with_none):
+    """The same function with its two layers under each other's names: signals, loads and gradients swap with them."""
+    params = parameters()
+    swapped = {**params, "a": params["b"], "b": params["a"]}
+    other = collect(none(), network(order=("b", "a")), swapped)
+    for part, other_part in zip(with_none[:3], other[:3], strict=True):
+        chex.assert_trees_all_close(part["a"], other_part["b"], rtol=1e-5, atol=1e-7)
+        chex.assert_trees_all_close(part["b"], other_part["a"], rtol=1e-5, atol=1e-7)
+    signals = with_none[2]
+    assert np.abs(signals["a"].param - signals["b"].param).max() > 1e-3
+
+
+def test_names_that_do_not_match_are_refused():
+    params = parameters()
+    with pytest.raises(ValueError, match=r"\['a', 'c'\].*\['a', 'b'\]"):
+        gradients(network(say={"b": "c"}), none(), params, None, BATCH)
+
+
+def test_a_layer_may_be_a_plain_dict():
+    """The same gradients as for a struct, gated ones too."""
+
+    def loss_fn(params, taps, batch):
+        layer = params["layer"]
+        layer = dynmoe.Params(**layer, shared=None) if isinstance(layer, dict) else layer
+        y, routing = dynmoe.apply(layer, batch["x"], layer_config(), tap=(taps or {}).get("layer"))
+        return jnp.mean((y - batch["y"]) ** 2), Aux({"layer": routing}, {})
+
+    made = parameters()["a"]
+    rule = sars(goodness_gate=True)
+    want = collect(rule, loss_fn, {"layer": made})[0]["layer"]
+    got = collect(rule, loss_fn, {"layer": {"router": made.router, "modules": made.modules}})[0]["layer"]
+    chex.assert_trees_all_equal(got, {"router": want.router, "modules": want.modules})
+    assert np.any(want.router.proto)
+
+
+def test_metrics_of_a_step(with_sars):
+    metrics = with_sars[3]
+    for name in (
+        "main_loss",
+        "meta_loss",
+        "main_acc",
+        "active_share",
+        "usage_entropy",
+        "max_load",
+        "dead_modules",
+        "gate_mean",
+        "entropy_share",
+    ):
+        assert np.isfinite(metrics[name]), name
+    assert float(metrics["active_share"]) == pytest.approx(2 / 3)
+    for share in ("good_share", "bad_share", "idle_share"):
+        assert float(metrics[share]) == pytest.approx(np.mean([metrics["layers"][n][share] for n in "ab"]), rel=1e-5)
+    assert float(sum(metrics[share] for share in ("good_share", "bad_share", "idle_share"))) == pytest.approx(1.0, rel=1e-5)
+    gate = parameters()["b"].router.gate
+    assert float(metrics["layers"]["b"]["gate_max"]) == pytest.approx(float(gate.max()))
+    np.testing.assert_allclose(metrics["layers"]["a"]["load"].sum(), 1, rtol=1e-6)
+
+
+EMA = 0.5
+
+
+@pytest.fixture(scope="module")
+def sars_step():
+    """A compiled step that refuses to be traced twice."""
+    tx = make_optimizer(OPTIM, 100)
+    update: Any = chex.assert_max_traces(tx.update, n=1)
+    once = optax.GradientTransformation(tx.init, update)
+    return tx, make_train_step(network(), sars(), once, ema=EMA, pi=(0.1, 2.0))
+
+
+def test_steps_move_the_average_and_count(sars_step):
+    tx, step = sars_step
+    state = start(sars(), tx)
+    before = copy(state)
+    for n in range(3):
+        state, metrics = step(state, BATCH)
+        after = copy(state)
+        decay = min(EMA, (1 + n) / (10 + n))
+        want = jax.tree.map(lambda old, p, d=decay: d * old + (1 - d) * p, before.ema, after.params)
+        chex.assert_trees_all_close(after.ema, want, rtol=1e-5, atol=1e-7)
+        assert int(after.step) == n + 1 and int(after.skipped) == 0 and int(metrics["skipped"]) == 0
+        for old, new in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
+            assert np.any(old != new)
+        before = after
+    np.testing.assert_allclose(before.meta.records["a"].sum(), 3 * 10 * 2)  # three steps, ten tokens, two slots
+    surprise = float(metrics["surprise_output"])
+    assert float(metrics["pi"]) == pytest.approx(np.exp(-0.1 * (float(metrics["main_loss"]) / 2.0 + 2.0 * surprise)), rel=1e-5)
+    assert float(metrics["ema_acc"]) == pytest.approx(float(before.meta.accuracy))
+
+
+def test_the_norms_are_those_of_the_groups(sars_step, with_sars):
+    tx, step = sars_step
+    _, metrics = step(start(sars(), tx), BATCH)
+    grads = with_sars[0]
+    routers = [grads[n].router for n in "ab"]
+    rest = [grads["w_head"], *(grads[n].modules for n in "ab")]
+    norm = lambda tree: np.sqrt(sum(np.sum(np.square(np.asarray(leaf, np.float64))) for leaf in jax.tree.leaves(tree)))  # noqa: E731
+    assert float(metrics["grad_norm_meta"]) == pytest.approx(norm(routers), rel=1e-4)
+    assert float(metrics["grad_norm_main"]) == pytest.approx(norm(rest), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [{"x": BATCH["x"].at[0, 0, 0].set(jnp.nan)}, {"y": BATCH["y"] * jnp.inf}, {"root": jnp.float32(0.0)}],
+    ids=["input is nan", "loss is infinite", "loss is finite but not its gradient"],
+)
+def test_a_bad_step_changes_nothing_but_the_counts(sars_step, poison):
+    tx, step = sars_step
+    state, _ = step(start(sars(), tx), BATCH)
+    before = copy(state)
+    for n in (1, 2):
+        state, metrics = step(state, {**BATCH, **poison})
+        assert int(metrics["skipped"]) == n
+    assert np.isfinite(metrics["main_loss"]) == ("root" in poison)
+    after = copy(state)
+    assert int(after.step) == 3 and int(after.skipped) == 2
+    chex.assert_trees_all_equal(after.replace(step=before.step, skipped=before.skipped), before)
+    state, metrics = step(state, BATCH)
+    assert int(metrics["skipped"]) == 0  # consecutive ones are counted
+    assert np.any(np.asarray(state.params["w_head"]) != before.params["w_head"])
+
+
+@pytest.mark.parametrize("name", ["none", "backprop"])
+def test_rule_none_leaves_routers_bit_identical_and_backprop_moves_them(name):
+    rule = {"none": none(), "backprop": backprop(0.1)}[name]
+    tx = make_optimizer(OPTIM, 100, frozen_routers=name == "none")
+    step = make_train_step(network(isolate=rule.isolate), rule, tx)
+    state = start(rule, tx)
+    before = copy(state)
+    for _ in range(3):
+        state, metrics = step(state, BATCH)
+    for layer in "ab":
+        old, new = before.params[layer], copy(state).params[layer]
+        assert np.any(old.modules.w_in != new.modules.w_in)
+        for a, b in zip(jax.tree.leaves(old.router), jax.tree.leaves(new.router), strict=True):
+            assert np.array_equal(a, b) == (name == "none")
+    chex.assert_trees_all_equal(copy(state).ema, copy(state).params)  # no averaging asked for
+    assert ("loss_balance" in metrics) == (name == "backprop")
+
+
+def test_eight_devices_give_the_gradients_and_signals_of_one():
+    cfg = tiny.config()
+    loss_fn, rule = make_loss(Config(model=cfg), sars()), sars()
+    spec, params = transformer.spec(cfg, tiny.TASKS), tiny.params(cfg)
+    batch = tiny.batch(8)
+
+    @jax.jit
+    def run(params, batch):
+        grads, routings, signals, metrics = gradients(loss_fn, rule, params, None, batch)
+        return grads, signals, metrics, {name: r.index for name, r in routings.items()}
+
+    def on(mesh_config):
+        mesh = sharding.make_mesh(mesh_config)
+        placed = jax.device_put(params, sharding.shardings(mesh, spec))
+        assert len(placed.head.sharding.device_set) == mesh.size
+        return copy(run(placed, sharding.shard_batch(mesh, batch)))
+
+    one, many = on(MeshConfig(data=1)), on(MeshConfig(data=4, fsdp=2))
+    chex.assert_trees_all_equal(one[3], many[3])
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one[0]), jax.tree.leaves(many[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max(), err_msg=jax.tree_util.keystr(path))
+    chex.assert_trees_all_close(one[1], many[1], rtol=1e-4, atol=1e-5)
+    assert float(one[2]["main_loss"]) == pytest.approx(float(many[2]["main_loss"]), rel=1e-6)
+    assert float(one[2]["meta_loss"]) == pytest.approx(float(many[2]["meta_loss"]), rel=1e-6)
