@@ -103,7 +103,9 @@ def test_unused_modules_get_nothing_whatever_their_logits():
 def compiled(granularity: Granularity, sign: Literal["bayes", "reinforce"]):
     """Objective and gradient of one layer."""
     rule = sars(granularity, sign)
-    return jax.jit(jax.value_and_grad(lambda *parts: rule.objective(*({"a": part} for part in parts), META), has_aux=True))
+    return jax.jit(
+        jax.value_and_grad(lambda r, routing, found: rule.objective({"a": r}, {"a": routing}, {"a": found}, META), has_aux=True)
+    )
 
 
 objectives = {(g, s): compiled(g, s) for g in GRANULARITIES for s in SIGNS}

@@ -24,7 +24,8 @@ CLOCK = ("seconds", "tokens_per_second")
 
 def rows(folder: Path) -> list[dict]:
     """metrics.jsonl without the two values that depend on the clock."""
-    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
 
 
 def params(folder: Path) -> dict:

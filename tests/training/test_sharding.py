@@ -37,7 +37,8 @@ def test_mesh_takes_the_devices_asked_for(cfg, shape):
 
 
 @pytest.mark.parametrize(
-    ("cfg", "word"), [(MeshConfig(fsdp=3), "divide the 8"), (MeshConfig(fsdp=16), "divide"), (MeshConfig(data=5, fsdp=2), "10 devices")]
+    ("cfg", "word"),
+    [(MeshConfig(fsdp=3), "divide the 8"), (MeshConfig(fsdp=16), "divide"), (MeshConfig(data=5, fsdp=2), "10 devices")],
 )
 def test_mesh_that_does_not_fit_is_one_clear_line(cfg, word):
     with pytest.raises(ConfigError, match=word) as error:
