@@ -28,7 +28,7 @@ from tinyonn_jax.training.loop import DivergedError, InterruptedRun
 A = TypeVar("A")
 Flat = tyro.conf.arg(name="")
 Workdir = Annotated[Path, tyro.conf.arg(help="Run folder, for instance runs/a.")]
-PRESET_LINES = "\n".join(f"{name}: {line}." for name, (line, _) in PRESETS.items())
+PRESET_LINES = "\n".join(f"{name}: {line}" for name, (line, _) in PRESETS.items())
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,9 @@ def guard(main: Callable[[], None]) -> int:
         return _fail(str(error), 2)
     except DivergedError as error:
         return _fail(str(error), 1)
+    except BrokenPipeError:  # whoever read the output, say `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         remedy = "; free some space and run the same command again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         return _fail(f"{error.filename or 'a file of the run'}: {error.strerror or error}{remedy}", 1)

@@ -72,7 +72,7 @@ def test_goodness_that_no_rule_measured_is_not_called_bad():
 
 def test_only_the_last_block_of_many_is_shown():
     layer = {"load": [0.5, 0.5], "active_share": 1.0}
-    layers = {f"{block}/{kind}": layer for block in range(3) for kind in ("attention", "feedforward")}
+    layers = {f"{block}.{kind}": layer for block in range(3) for kind in ("attention", "feedforward")}
     rows = [{"step": step, "layers": layers} for step in (10, 20)]
     said = texts(expert_dashboard(rows))
     assert "2 experts" in said and "2 heads" in said and "0 experts" not in said

@@ -283,7 +283,7 @@ def test_help_lists_commands_presets_and_every_field(monkeypatch, capsys):
     assert here(monkeypatch, "--help") == 0
     out = capsys.readouterr().out
     assert all(name in out for name in (*cli.COMMANDS, *PRESETS))
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "120")
     assert here(monkeypatch, "train", "--help") == 0
     out = " ".join(word for word in capsys.readouterr().out.split() if word != "│")
     assert all(line in out for line, _ in PRESETS.values())

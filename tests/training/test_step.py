@@ -21,7 +21,7 @@ from tinyonn_jax.training import sharding
 from tinyonn_jax.training.objective import make_loss
 from tinyonn_jax.training.optim import make_optimizer
 from tinyonn_jax.training.state import TrainState
-from tinyonn_jax.training.step import Aux, gradients, make_train_step
+from tinyonn_jax.training.step import Aux, _group_norm, gradients, make_train_step
 
 D = 6
 RNG = np.random.default_rng(0)
@@ -159,6 +159,16 @@ def test_metrics_of_a_step(with_sars):
     gate = parameters()["b"].router.gate
     assert float(metrics["layers"]["b"]["gate_max"]) == pytest.approx(float(gate.max()))
     np.testing.assert_allclose(metrics["layers"]["a"]["load"].sum(), 1, rtol=1e-6)
+
+
+def test_a_small_norm_beside_a_large_one():
+    grads = parameters()
+    large = jax.tree.map(lambda g: jnp.full_like(g, 1e3), grads["a"].router)
+    grads = jax.tree.map(lambda g: jnp.full_like(g, 1e-4), grads)
+    count = sum(leaf.size for leaf in jax.tree.leaves((grads["w_head"], grads["a"].modules, grads["b"])))
+    grads = {"w_head": grads["w_head"], "a": grads["a"].replace(router=large), "b": grads["b"].modules}
+    count -= sum(leaf.size for leaf in jax.tree.leaves(large))  # b's router is left out as well
+    assert float(_group_norm(grads, meta=False)) == pytest.approx(1e-4 * count**0.5, rel=1e-4)
 
 
 EMA = 0.5

@@ -177,7 +177,7 @@ def _recurse(
 
 
 def _read_out(params: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    return (rms_norm(x, params.norm) @ params.head.astype(x.dtype)).astype(jnp.float32)
+    return jnp.matmul(rms_norm(x, params.norm), params.head.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def apply(

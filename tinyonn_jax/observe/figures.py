@@ -144,7 +144,7 @@ def _colour(layer: str) -> str:
 
 def _name(layer: str) -> str:
     """What a layer's modules are called: `heads` or `experts`, with the block's name where there is more than one."""
-    block, _, kind = layer.rpartition("/")
+    block, _, kind = layer.removeprefix("block.").rpartition(".")
     return " ".join(filter(None, (block, {"attention": "heads", "feedforward": "experts"}.get(kind, kind))))
 
 
@@ -258,7 +258,7 @@ def core_metrics(rows: Sequence[Row]) -> Figure:
 
 def _last_of_each_kind(layers: Sequence[str]) -> list[str]:
     """The last block's layers: at most one of each kind, feed-forward before attention."""
-    last = {name.rpartition("/")[2]: name for name in layers}
+    last = {name.rpartition(".")[2]: name for name in layers}
     return sorted(last.values(), key=lambda name: "attention" in name)
 
 
@@ -303,17 +303,21 @@ def _heat(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> None:
 
 
 def _snapshot(routing: Routing, layer: str, what: str) -> np.ndarray | None:
-    return routing.get(f"{layer.replace('/', '.')}.{what}")
+    return routing.get(f"{layer}.{what}")
 
 
 def _verdicts(routing: Routing, layer: str, modules: int) -> list[tuple[np.ndarray, str, str, str]]:
-    """Masks over modules, each with label, colour and marker: good, bad, inactive; or used, unused where goodness is unknown."""
+    """Masks over modules, each with label, colour and marker: good or bad, used where goodness is zero or unknown, inactive."""
     goodness, usage = _snapshot(routing, layer, "goodness"), _snapshot(routing, layer, "usage")
     goodness = np.zeros(modules) if goodness is None else np.nan_to_num(goodness)
     used = np.ones(modules, bool) if usage is None else np.nan_to_num(usage) > 0
-    if not goodness.any():
-        return [(used, "used", SKY, "o"), (~used, "inactive", MUTED, "X")]
-    return [(goodness > 0, "good", GREEN, "o"), (goodness < 0, "bad", RED, "D"), (goodness == 0, "inactive", MUTED, "X")]
+    verdicts = [
+        (goodness > 0, "good", GREEN, "o"),
+        (goodness < 0, "bad", RED, "D"),
+        ((goodness == 0) & used, "used", SKY, "o"),
+        ((goodness == 0) & ~used, "inactive", MUTED, "X"),
+    ]
+    return [verdict for verdict in verdicts if verdict[0].any()]
 
 
 def _lifetime(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> None:
@@ -347,8 +351,7 @@ def _prototypes(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> 
         return _empty(ax, "no routing snapshot yet")
     flat, explained = _plane(points)
     for mask, label, colour, marker in _verdicts(routing, layer, len(points)):
-        if mask.any():
-            ax.scatter(*flat[mask].T, s=46, color=colour, marker=marker, edgecolor="white", linewidth=0.7, label=label, zorder=3)
+        ax.scatter(*flat[mask].T, s=46, color=colour, marker=marker, edgecolor="white", linewidth=0.7, label=label, zorder=3)
     if len(points) <= 32:
         for m, (x, y) in enumerate(flat):
             ax.annotate(str(m), (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7.5, color=INK)
@@ -373,7 +376,7 @@ def expert_dashboard(rows: Sequence[Row], routing: Routing | None = None) -> Fig
     `routing` is what `routing_latest.npz` holds. Each panel shows the last block's experts and, beside or below them, its heads.
     """
     routing = routing or {}
-    saved = [key.removesuffix(".proto").replace(".", "/") for key in routing if key.endswith(".proto")]
+    saved = [key.removesuffix(".proto") for key in routing if key.endswith(".proto")]
     layers = _last_of_each_kind(layer_names(rows) or saved)
     figure = _figure(10.5, 8.4 if layers else 3.5)
     measured = any(np.any(_snapshot(routing, layer, "goodness")) for layer in layers)

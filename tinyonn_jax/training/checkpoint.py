@@ -183,15 +183,30 @@ def _items(state: Any) -> dict[str, Any]:
 
 
 def _read(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
-    """The items named in `like` of one checkpoint, in the shapes, types and shardings given there."""
-    arguments = {k: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)) for k, tree in like.items()}
-    try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            return {name: reader.restore(path / name, args=args) for name, args in arguments.items()}
-    except Exception as error:  # whatever Orbax raises: the files are as written, so it is the wrong state
-        raise CheckpointError(
-            f"{path} holds another state than this version trains ({_first_line(error)}); move the run folder away to start again"
-        ) from error
+    """The items named in `like` of one checkpoint, in the shapes, types and shardings given there.
+
+    Shapes are compared first: what Orbax itself raises about a wrong one comes with pages of its own.
+    """
+    handler = ocp.StandardCheckpointHandler()
+    for item, tree in like.items():
+        written, wanted = _shapes(handler.metadata(path / item).tree), _shapes(tree)  # pyright: ignore[reportArgumentType]
+        odd = sorted(name for name in written.keys() | wanted.keys() if written.get(name) != wanted.get(name))
+        if odd:
+            was, now = (shapes.get(odd[0], "nothing") for shapes in (written, wanted))
+            raise CheckpointError(
+                f"{path} holds another state than this version trains ({item}/{odd[0]}: {was} there, {now} here); "
+                "move the run folder away to start again"
+            )
+    with ocp.Checkpointer(handler) as reader:
+        return {
+            item: reader.restore(path / item, args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)))
+            for item, tree in like.items()
+        }
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every array by its path."""
+    return {name: tuple(leaf.shape) for name, leaf in ocp.tree.to_flat_dict(tree, sep="/").items() if hasattr(leaf, "shape")}
 
 
 def _checksums(path: Path) -> dict[str, int]:

@@ -1,0 +1,81 @@
+"""What a configuration is turned into: counts of parameters, validation, snapshots of routing, one compilation."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from tinyonn_jax.arc.batches import Dataset, batch_at, build_dataset, validation_batches
+from tinyonn_jax.arc.evaluate import teacher_forced_exact
+from tinyonn_jax.arc.tasks import TaskSets, load_task_sets
+from tinyonn_jax.config import PRESETS, Config, MeshConfig
+from tinyonn_jax.models import transformer
+from tinyonn_jax.training import assemble, sharding
+
+
+def smoke(kind: str) -> Config:
+    config = PRESETS["smoke"][1]
+    data = dataclasses.replace(config.data, buckets=(48,), holdout=True)
+    return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, kind=kind))
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[TaskSets, Dataset]:
+    config = smoke("dense")
+    sets = load_task_sets(config.data)
+    return sets, build_dataset(sets, config.data)
+
+
+def test_parameters_are_counted_by_hand():
+    counts = assemble.count_parameters(transformer.spec(smoke("dense").model, 6))
+    d, hidden, heads = 32, 48, 2 * 16
+    assert counts["groups"]["block.attention"] == 4 * d * heads
+    assert counts["groups"]["block.feedforward"] == 3 * d * hidden  # gated
+    assert counts["embeddings"] == (14 + 6 + 8) * d and counts["routers"] == 0
+    assert counts["total"] == (14 + 6 + 8) * d + 4 * d * heads + 3 * d * hidden + 3 * d + 14 * d
+
+
+def test_routers_are_counted_once():
+    counts = assemble.count_parameters(transformer.spec(smoke("dyntrm").model, 6))
+    assert counts["routers"] == 2 * 4 * (32 + 1)  # four latent heads and four experts, each a prototype and a gate
+    assert counts["total"] == sum(counts["groups"].values())
+
+
+def test_validation_agrees_with_the_evaluation_and_with_a_loop(data):
+    sets, dataset = data
+    config = smoke("dense")
+    mesh = sharding.make_mesh(MeshConfig(data=2))
+    program = assemble.assemble(config, mesh, len(sets.tasks), batch_at(dataset, 0, 0))
+    state = program.initial()
+    found = assemble.make_validation(program, partial(validation_batches, dataset, multiple=2))(state)
+    params = jax.device_put(jax.device_get(state.ema))
+    apply = jax.jit(lambda batch: transformer.apply(params, batch, config.model).logits)
+    assert found["valid_exact"] == pytest.approx(teacher_forced_exact(apply, validation_batches(dataset)))
+    losses, right = [], []
+    for batch in validation_batches(dataset):
+        logits = np.asarray(apply(batch), np.float64)
+        for b, t in zip(*np.nonzero(batch.loss_mask), strict=True):
+            row, target = logits[b, t], batch.tokens[b, t + 1]
+            losses.append(np.log(np.exp(row).sum()) - row[target])
+            right.append(row.argmax() == target)
+    assert found["valid_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert found["valid_acc"] == pytest.approx(np.mean(right))
+
+
+def test_a_snapshot_shares_out_what_was_used(data):
+    sets, dataset = data
+    config = smoke("dyntrm")
+    mesh = sharding.make_mesh(MeshConfig(data=1))
+    batch = batch_at(dataset, 0, 0)
+    program = assemble.assemble(config, mesh, len(sets.tasks), batch)
+    state, metrics = program.step(program.initial(), program.put(batch))
+    found = assemble.routing_snapshot(state, metrics)
+    for name in ("block.attention", "block.feedforward"):
+        np.testing.assert_allclose(found[f"{name}.usage"], metrics["layers"][name]["load"], rtol=1e-5)  # one step so far
+        np.testing.assert_array_equal(found[f"{name}.goodness"], metrics["layers"][name]["goodness"])
+        assert found[f"{name}.proto"].shape == (4, 32)
+    # The state keeps its shardings and types, so that the second step does not compile anew.
+    program.step(state, program.put(batch))
+    assert program.step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
