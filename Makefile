@@ -26,7 +26,7 @@ arc: .venv
 	$(RUN) experiments/arc.py report --workdir $(WORKDIR)
 
 test: .venv
-	$(RUN) -m pytest -q -n auto --maxprocesses 8
+	$(RUN) -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 lint: .venv
 	$(RUN) -m ruff check .
