@@ -80,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guard(main))
+    cli.leave(cli.guard(main))

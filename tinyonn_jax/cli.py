@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import jax
 import tyro
@@ -157,9 +157,10 @@ def usage(program: str) -> str:
 
 
 def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
-    """What concerns the whole process: JAX's compilation cache, other processes, Orbax's logging (its errors are raised too)."""
+    """What concerns the whole process: the compilation cache, other processes, and what Orbax prints besides raising it."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.excepthook = _report
     if not compilation_cache:
         jax.config.update("jax_enable_compilation_cache", False)
     elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -197,6 +198,20 @@ def guard(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     return 0
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """As usual, but for writes that come too late to be awaited, after one of them failed: the first one's error was raised."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process. After a failure at once: the reason is said, and background writers would only repeat it at length."""
+    if status in (1, 2):
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _fail(line: str, status: int) -> int:

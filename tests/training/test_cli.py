@@ -145,7 +145,7 @@ def wait_until(condition, program: subprocess.Popen[str]) -> None:
 
 def test_killed_and_stopped_it_ends_bit_for_bit_the_same(first, tmp_path):
     folder, moments = tmp_path / "killed", random.Random(1)
-    for goal, signum in ((10, signal.SIGKILL), (20, signal.SIGTERM), (40, signal.SIGKILL)):
+    for goal, signum in ((10, signal.SIGKILL), (30, signal.SIGTERM)):
         program = start(folder)
         wait_until(lambda goal=goal: (saved(folder) or [0])[-1] >= goal, program)
         time.sleep(moments.uniform(0, 0.05))
