@@ -22,7 +22,7 @@ def train(args: cli.Train) -> None:
     runs.train(runs.begin(args.workdir, args.config, args.preset, cli.again()), STARTED)
 
 
-def _open(args: cli.Evaluate | cli.Predict) -> tuple[runs.Run, Any]:
+def _open(args: cli.Trained) -> tuple[runs.Run, Any]:
     cli.set_up(args.compilation_cache)
     run = runs.open_run(args.workdir)
     checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint

@@ -45,8 +45,8 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Evaluate:
-    """Answer the test inputs, vote, and write predictions.json, submission.json and score.json."""
+class Trained:
+    """Which trained network answers, and how."""
 
     workdir: Workdir
     eval: Annotated[EvalConfig, Flat]
@@ -58,20 +58,18 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Predict:
+class Evaluate(Trained):
+    """Answer the test inputs, vote, and write predictions.json, submission.json and score.json."""
+
+
+@dataclass(frozen=True)
+class Predict(Trained):
     """Answer one task: show the grids here, and save them as a picture."""
 
-    workdir: Workdir
-    eval: Annotated[EvalConfig, Flat]
-    mesh: MeshConfig
     task: str = ""
     """Id of one of the run's tasks."""
     file: Path | None = None
     """A task file of your own, unseen in training (runs with data.format context)."""
-    checkpoint: str = "latest"
-    """Which one: latest, best (by held-out demonstrations, data.holdout), or the number of a step."""
-    compilation_cache: bool = True
-    """Keep compiled programs in the user's cache folder, so that the next start takes seconds."""
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,7 @@ from tinyonn_jax import __version__
 from tinyonn_jax.arc import submission
 from tinyonn_jax.arc.batches import batch_at, build_dataset, validation_batches
 from tinyonn_jax.arc.evaluate import evaluate as answer
-from tinyonn_jax.arc.tasks import Task, TaskSets, load_task_sets
-from tinyonn_jax.arc.tasks import _read_json as read_json
-from tinyonn_jax.arc.tasks import _task as parse_task
+from tinyonn_jax.arc.tasks import Task, TaskSets, load_task_sets, parse_task, read_json
 from tinyonn_jax.arc.tasks import from_json as tasks_from_json
 from tinyonn_jax.arc.tasks import to_json as tasks_to_json
 from tinyonn_jax.config import Config, ConfigError, differences, from_json, to_json

