@@ -6,8 +6,6 @@ PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done),python3)
 RUN := .venv/bin/python
 WORKDIR ?= runs/demo
-# Huge pages for the large buffers that every step on a CPU takes and gives back: a tenth less time (glibc; others ignore it).
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: .venv arc test lint bench
 

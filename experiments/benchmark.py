@@ -24,6 +24,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
+from tinyonn_jax import host
 from tinyonn_jax.arc import tokens
 from tinyonn_jax.arc.batches import Batch, batch_at, build_dataset
 from tinyonn_jax.arc.tasks import load_task_sets
@@ -55,6 +56,7 @@ class Row:
         return self.value >= self.limit if self.least else self.value <= self.limit
 
 
+host.tune()  # as the experiments do
 clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
 
 

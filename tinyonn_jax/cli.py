@@ -19,6 +19,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import jax
 import tyro
 
+from tinyonn_jax import host
 from tinyonn_jax.arc.tasks import DataError
 from tinyonn_jax.config import PRESETS, Config, ConfigError, EvalConfig, MeshConfig, Preset
 from tinyonn_jax.runs import stored_config, stored_preset
@@ -155,7 +156,8 @@ def usage(program: str) -> str:
 
 
 def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
-    """What concerns the whole process: the compilation cache, other processes, and what Orbax prints besides raising it."""
+    """What concerns the whole process: memory, the compilation cache, other processes, what Orbax prints besides raising it."""
+    host.tune()
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.excepthook = _report

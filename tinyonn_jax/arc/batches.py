@@ -125,7 +125,8 @@ def batch_at(dataset: Dataset, seed: int, step: int, process: tuple[int, int] = 
     """The batch of one step: a pure function of its arguments.
 
     An epoch shows every training sequence once, under a fresh dihedral transform and colour permutation, in shuffled batches. A
-    batch takes its bucket from its longest sequence and tops up with the next shorter ones; B = tokens_per_batch // bucket.
+    batch takes its bucket from its longest sequence and tops up with the next shorter ones; B is the number
+    of such sequences in `data.tokens_per_batch`, from 8 on a multiple of 8, as cores and devices like it.
 
     Args:
         process: (p, P) gives the p-th of P equal contiguous slices of the rows of the same batch.
@@ -248,7 +249,7 @@ def _lay_out(fit: list[tuple[int, int, list[Encoded]]], free: list[np.ndarray], 
     blocks, first = [], 0
     while first < len(fit):
         bucket = fit[first][0]
-        count = min(tokens_per_batch // bucket, len(fit) - first)
+        count = min(_batch_size(tokens_per_batch, bucket), len(fit) - first)
         blocks.append(Block(bucket, first, count))
         first += count
     return Layouts(
@@ -263,10 +264,16 @@ def _lay_out(fit: list[tuple[int, int, list[Encoded]]], free: list[np.ndarray], 
     )
 
 
+def _batch_size(tokens_per_batch: int, bucket: int) -> int:
+    """Sequences in one batch: from 8 on a multiple of 8."""
+    size = tokens_per_batch // bucket
+    return size - size % 8 if size >= 8 else size
+
+
 def _rows(tokens_per_batch: int, bucket: int, process: tuple[int, int], multiple: int) -> slice:
     """This process's rows of a batch whose B is rounded up to divide evenly."""
     p, count = process
-    share = -(-(tokens_per_batch // bucket) // lcm(count, multiple)) * lcm(count, multiple) // count
+    share = -(-_batch_size(tokens_per_batch, bucket) // lcm(count, multiple)) * lcm(count, multiple) // count
     return slice(p * share, (p + 1) * share)
 
 

@@ -16,10 +16,9 @@ from typing import Any
 import flax.struct
 from jaxtyping import Array, Bool, Float
 
-from tinyonn_jax.layers import attention, grouped, routing
+from tinyonn_jax.layers import attention, linear, routing
 from tinyonn_jax.layers import tap as taps
 from tinyonn_jax.layers.base import Param, fan_in
-from tinyonn_jax.layers.experts import grouped_tap
 
 
 @dataclass(frozen=True)
@@ -87,15 +86,9 @@ def apply(
     tokens = x.reshape(-1, cfg.dim)
     chosen = routing.route(params.router, tokens, cfg.router, None if valid is None else valid.reshape(-1))
 
-    plan = grouped.plan(chosen.index, chosen.active, cfg.router.modules)
-    row_tap = grouped_tap(tap, plan)
-    rows = grouped.matmul(grouped.dispatch(tokens, plan), params.modules.w_q.astype(x.dtype), plan.sizes, row_tap)
-    q = grouped.permute(rows, plan.inverse, plan.order).reshape(b, t, -1, cfg.head_dim)  # [B,T,K,C]
+    q = linear.project(tokens, params.modules.w_q.astype(x.dtype), chosen, tap).reshape(b, t, -1, cfg.head_dim)
     k, v = ((tokens @ w.astype(x.dtype)).reshape(b, t, -1, cfg.head_dim) for w in (params.w_k, params.w_v))
     o, cache = attention.attend(q, k, v, where, cache)
-
-    rows = grouped.permute(o.reshape(-1, cfg.head_dim), plan.order, plan.inverse)
-    rows = grouped.matmul(rows, params.modules.w_o.astype(x.dtype), plan.sizes, row_tap)
-    heads = grouped.permute(rows, plan.inverse, plan.order).reshape(*chosen.index.shape, cfg.dim)  # [N,K,D]
-    y = taps.combine(heads, chosen.weight, tap)
+    heads = o.reshape(*chosen.index.shape, cfg.head_dim)
+    y = linear.merge(heads, params.modules.w_o.astype(x.dtype), chosen, tap)
     return y.reshape(x.shape), chosen, cache
