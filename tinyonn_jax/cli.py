@@ -1,6 +1,6 @@
 """The command line: presets and the run folder's own values as defaults, one plain line for whatever a user got wrong.
 
-    COMMAND [--preset NAME] [--workdir FOLDER] [--section.field VALUE …]
+COMMAND [--preset NAME] [--workdir FOLDER] [--section.field VALUE …]
 """
 
 import contextlib

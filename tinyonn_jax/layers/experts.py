@@ -40,9 +40,11 @@ def mlp_spec(dim: int, hidden: int, gated: bool, experts: int | None = None) -> 
 
 
 def activate(h: Float[Array, "*N F"], gated: bool) -> Float[Array, "*N F"]:
-    """silu(h), or silu(a)·b of its halves when gated (SwiGLU; Shazeer, 2020)."""
-    if not gated:
-        return jax.nn.silu(h)
+    """silu(h), or silu(a)·b of its halves when gated (SwiGLU; Shazeer, 2020). Only h is kept for the backward pass."""
+    return jax.checkpoint(_gate if gated else jax.nn.silu)(h)
+
+
+def _gate(h):
     a, b = jnp.split(h, 2, -1)
     return jax.nn.silu(a) * b
 

@@ -8,9 +8,11 @@ plain matmul, and the slots are picked out of it; else pairs are sorted by modul
 Letters: N tokens, K slots, M modules, I inputs, O outputs of one module.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tinyonn_jax.layers import grouped
 from tinyonn_jax.layers import tap as taps
@@ -22,7 +24,7 @@ def project(x: Float[Array, "N I"], w: Float[Array, "M I O"], routing: Routing, 
     """Every slot's map of its token; idle slots give zero. Of the tap, `param` and `module` are filled."""
     slots, modules = routing.index.shape[1], w.shape[0]
     if modules <= 4 * slots:
-        return _dense_project(x, w, routing.index, routing.active, tap)
+        return _dense_project(routing.config.groups, x, w, routing.index, routing.active, tap)
     plan = grouped.plan(routing.index, routing.active, modules)
     rows = grouped.matmul(grouped.dispatch(x, plan), w, plan.sizes, grouped_tap(tap, plan))
     return grouped.permute(rows, plan.inverse, plan.order).reshape(-1, slots, w.shape[2])
@@ -32,7 +34,7 @@ def merge(x: Float[Array, "N K I"], w: Float[Array, "M I O"], routing: Routing, 
     """The weighted sum of every slot's map of its own vector. All of the tap is filled."""
     _, slots, size = x.shape
     if w.shape[0] <= 4 * slots:
-        return _dense_merge(x, w, routing.weight, routing.index, routing.active, tap)
+        return _dense_merge(routing.config.groups, x, w, routing.weight, routing.index, routing.active, tap)
     plan = grouped.plan(routing.index, routing.active, w.shape[0])
     rows = grouped.permute(x.reshape(-1, size), plan.order, plan.inverse)
     rows = grouped.matmul(rows, w, plan.sizes, grouped_tap(tap, plan))
@@ -43,35 +45,46 @@ def merge(x: Float[Array, "N K I"], w: Float[Array, "M I O"], routing: Routing, 
 # --- all modules on all tokens ------------------------------------------------------------------------------------------
 
 
-def _pick(y: Float[Array, "N M O"], index: Int[Array, "N K"], active: Array) -> Float[Array, "N K O"]:
-    return jnp.where(active[..., None], jax.vmap(lambda rows, at: rows[at])(y, index), 0)
+def _hit(index: Int[Array, "N K"], active: Array, groups: int, modules: int) -> Bool[Array, "N G k P"]:
+    """Which slot of a group holds which of the group's modules: slots and modules are ordered by group."""
+    per_group = modules // groups
+    within = index - jnp.repeat(jnp.arange(groups), index.shape[1] // groups) * per_group
+    hit = (within[..., None] == jnp.arange(per_group)) & active[..., None]
+    return hit.reshape(index.shape[0], groups, -1, per_group)
 
 
-def _spread(y: Float[Array, "N K O"], index: Int[Array, "N K"], active: Array, modules: int) -> Float[Array, "N M O"]:
-    """The slots back in their modules' places, zero elsewhere: a gather, as a module is in one slot of a token at most."""
-    hit = (index[:, :, None] == jnp.arange(modules)) & active[:, :, None]  # [N,K,M]
-    return _pick(y, jnp.argmax(hit, 1), jnp.any(hit, 1))
+def _pick(y: Float[Array, "N M O"], hit: Bool[Array, "N G k P"]) -> Float[Array, "N K O"]:
+    n, groups, _, per_group = hit.shape
+    y = y.reshape(n, groups, 1, per_group, -1)
+    return jnp.sum(jnp.where(hit[..., None], y, 0), 3).reshape(n, -1, y.shape[-1])
+
+
+def _spread(y: Float[Array, "N K O"], hit: Bool[Array, "N G k P"]) -> Float[Array, "N M O"]:
+    """The slots back in their modules' places, zero elsewhere."""
+    n, groups, slots, _ = hit.shape
+    y = y.reshape(n, groups, slots, 1, -1)
+    return jnp.sum(jnp.where(hit[..., None], y, 0), 2).reshape(n, -1, y.shape[-1])
 
 
 def _square(x: Array) -> Array:
     return jnp.sum(jnp.square(x.astype(jnp.float32)), -1)
 
 
-@jax.custom_vjp
-def _dense_project(x, w, index, active, tap):
-    return _dense_project_fwd(x, w, index, active, tap)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense_project(groups, x, w, index, active, tap):
+    return _dense_project_fwd(groups, x, w, index, active, tap)[0]
 
 
-def _dense_project_fwd(x, w, index, active, tap):
+def _dense_project_fwd(groups, x, w, index, active, tap):
     modules, inputs, _ = w.shape
     y = x @ w.swapaxes(0, 1).reshape(inputs, -1)
-    return _pick(y.reshape(x.shape[0], modules, -1), index, active), (x, w, index, active, tap)
+    return _pick(y.reshape(x.shape[0], modules, -1), _hit(index, active, groups, modules)), (x, w, index, active, tap)
 
 
-def _dense_project_bwd(saved, g):
+def _dense_project_bwd(groups, saved, g):
     x, w, index, active, tap = saved
     modules, inputs, outputs = w.shape
-    spread = _spread(g, index, active, modules).reshape(x.shape[0], -1)  # [N,M·O]
+    spread = _spread(g, _hit(index, active, groups, modules)).reshape(x.shape[0], -1)  # [N,M·O]
     d_x = spread @ w.swapaxes(1, 2).reshape(-1, inputs)
     d_w = jnp.matmul(x.T, spread, preferred_element_type=jnp.float32).reshape(inputs, modules, outputs).swapaxes(0, 1)
     if tap is None:
@@ -84,26 +97,27 @@ def _dense_project_bwd(saved, g):
 _dense_project.defvjp(_dense_project_fwd, _dense_project_bwd)
 
 
-@jax.custom_vjp
-def _dense_merge(x, w, weight, index, active, tap):
-    return _dense_merge_fwd(x, w, weight, index, active, tap)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense_merge(groups, x, w, weight, index, active, tap):
+    return _dense_merge_fwd(groups, x, w, weight, index, active, tap)[0]
 
 
-def _weighed(x, weight, index, active, modules):
-    return _spread(x * weight[..., None].astype(x.dtype), index, active, modules).reshape(x.shape[0], -1)  # [N,M·I]
+def _weighed(x, weight, hit):
+    return _spread(x * weight[..., None].astype(x.dtype), hit).reshape(x.shape[0], -1)  # [N,M·I]
 
 
-def _dense_merge_fwd(x, w, weight, index, active, tap):
-    y = _weighed(x, weight, index, active, w.shape[0]) @ w.reshape(-1, w.shape[2])
+def _dense_merge_fwd(groups, x, w, weight, index, active, tap):
+    y = _weighed(x, weight, _hit(index, active, groups, w.shape[0])) @ w.reshape(-1, w.shape[2])
     return y, (x, w, weight, index, active, tap)
 
 
-def _dense_merge_bwd(saved, g):
+def _dense_merge_bwd(groups, saved, g):
     x, w, weight, index, active, tap = saved
     modules = w.shape[0]
-    rows = _weighed(x, weight, index, active, modules)
+    hit = _hit(index, active, groups, modules)
+    rows = _weighed(x, weight, hit)
     d_w = jnp.matmul(rows.T, g, preferred_element_type=jnp.float32).reshape(w.shape)
-    d_rows = _pick((g @ w.reshape(-1, w.shape[2]).T).reshape(x.shape[0], modules, -1), index, active)  # dL/d(weight · x)
+    d_rows = _pick((g @ w.reshape(-1, w.shape[2]).T).reshape(x.shape[0], modules, -1), hit)  # dL/d(weight · x)
     d_x = d_rows * weight[..., None].astype(g.dtype)
     d_weight = jnp.sum((d_rows * x).astype(jnp.float32), -1)
     if tap is None:
