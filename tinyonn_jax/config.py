@@ -367,10 +367,10 @@ PRESETS: dict[str, tuple[str, Config]] = {
         ),
     ),
     "demo": (
-        "the 30 smallest ARC-AGI-1 training tasks; ten minutes or more on two CPU cores",
+        "the 30 smallest ARC-AGI-1 training tasks; about five minutes on two CPU cores",
         Config(
             data=DataConfig(smallest=30, buckets=(24, 32, 48, 64), tokens_per_batch=1024),
-            train=TrainConfig(steps=4000, validate_every=1000),
+            train=TrainConfig(steps=2500, validate_every=500),
         ),
     ),
     "laptop": (
