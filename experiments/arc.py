@@ -38,6 +38,8 @@ def evaluate(args: cli.Evaluate) -> None:
     lines = [[name, *(percent(score[name][key]) for key in names)] for name in ("pass@1", "pass@2")]
     counts = score["counts"]
     table(f"{counts['outputs']} test outputs of {counts['tasks']} tasks, checkpoint of step {score['checkpoint']}", header, lines)
+    if score.get("greedy_per_recursion"):
+        print("greedy answers right after each recursion:", ", ".join(map(percent, score["greedy_per_recursion"])))
     print(f"next: python experiments/arc.py report --workdir {args.workdir}")
 
 

@@ -12,7 +12,7 @@ import platform
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from tinyonn_jax import __version__
 from tinyonn_jax.arc import submission
 from tinyonn_jax.arc.batches import batch_at, build_dataset, validation_batches
 from tinyonn_jax.arc.evaluate import evaluate as answer
+from tinyonn_jax.arc.evaluate import exact_per_recursion
 from tinyonn_jax.arc.tasks import Task, TaskSets, load_task_sets, parse_task, read_json
 from tinyonn_jax.arc.tasks import from_json as tasks_from_json
 from tinyonn_jax.arc.tasks import to_json as tasks_to_json
@@ -215,6 +216,14 @@ class Trained:
             progress=progress,
         )
 
+    def per_recursion(self, tasks: tuple[Task, ...]) -> list[float] | None:
+        """The share of test outputs that greedy decoding has right after each recursion; None if no output is known."""
+        config = self.run.config
+        steps = jax.jit(lambda params, batch: transformer.apply(params, batch, config.model, steps=True).steps)
+        forward = partial(steps, self.params)
+        shares = exact_per_recursion(forward, tasks, self.run.sets.task_ids, config.data, config.eval)
+        return None if np.isnan(shares[0]) else shares
+
 
 def load(run: Run, checkpoint: Which, say: Say) -> Trained:
     """The parameters of a run, from one of its checkpoints.
@@ -242,7 +251,10 @@ def evaluate(run: Run, checkpoint: Which, say: Say) -> dict[str, Any]:
     for line in predictions.too_long:
         say(line)
     submission.validate_submission(submission.build_submission(predictions), run.sets.evaluation)
-    return submission.save(run.folder, predictions, run.config.train.seed)
+    facts: dict[str, Any] = {"eval": asdict(run.config.eval)}
+    if run.config.model.recursed:
+        facts["greedy_per_recursion"] = trained.per_recursion(run.sets.evaluation)
+    return submission.save(run.folder, predictions, run.config.train.seed, **facts)
 
 
 def find_task(run: Run, name: str) -> Task:

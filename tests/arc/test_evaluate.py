@@ -8,7 +8,7 @@ import pytest
 from tinyonn_jax.arc import generate, tokens
 from tinyonn_jax.arc.augment import Augmentation
 from tinyonn_jax.arc.batches import Batch, Query, prompts
-from tinyonn_jax.arc.evaluate import answer_cap, evaluate, exact, exact_per_step, teacher_forced_exact
+from tinyonn_jax.arc.evaluate import answer_cap, evaluate, exact, exact_per_recursion, exact_per_step, teacher_forced_exact
 from tinyonn_jax.arc.submission import build_submission, score, validate_submission
 from tinyonn_jax.arc.tasks import Pair, Task
 from tinyonn_jax.arc.tokens import END, ROW, VOCAB
@@ -208,3 +208,22 @@ def written(asked, said):
             if token == END:
                 break
     return batch
+
+
+def test_exact_per_recursion_scores_the_known_test_outputs():
+    """Recursion 1 knows all answers, recursion 2 those of task b; what fits no bucket counts as wrong, unknown as nothing."""
+    hidden = Task("hidden", TASKS[0].train, (Pair(plain(1, 1, 2), None),))
+    large = Task("large", TASKS[0].train, (Pair(plain(9, 9, 2), plain(2, 2, 2)),))
+    batches = []
+
+    def forward(batch):
+        batches.append(batch)
+        told = jax.nn.one_hot(np.roll(batch.tokens, -1, 1), VOCAB)
+        return jnp.stack([told, jnp.where((batch.task == 1)[:, None, None], told, 0)])
+
+    shares = exact_per_recursion(forward, [*TASKS, hidden, large], IDS, DataConfig(buckets=(13, 16)), EvalConfig(batch=2))
+    assert shares == pytest.approx([5 / 6, 1 / 6])
+    assert all(batch.tokens.shape[0] == 2 for batch in batches)
+    assert sum(int((batch.length > 0).sum()) for batch in batches) == 5
+    assert {int(t) for batch in batches for t in batch.task[batch.length > 0]} == {0, 1, 2, -1}
+    assert np.isnan(exact_per_recursion(forward, [hidden], IDS, DATA, EVAL)[0])

@@ -1,6 +1,6 @@
 """A run small enough to be killed many times: linear regression through the real loop, checkpoints and writer.
 
-    python -m tests.training.toy FOLDER [name=value …]
+python -m tests.training.toy FOLDER [name=value …]
 """
 
 import sys

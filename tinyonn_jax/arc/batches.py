@@ -169,11 +169,20 @@ class Prompts:
     dihedral: Int[np.ndarray, "B"]
 
 
-def encode_query(query: Query, format: Format = "pair") -> Encoded:
-    """The prompt of one query: its test input in its view (after its task's demonstrations in the same view, for `context`)."""
+def encode_query(query: Query, format: Format = "pair", answer: bool = False) -> Encoded:
+    """The prompt of one query: its test input in its view (after its task's demonstrations in the same view, for `context`).
+
+    `answer`: with the true output after it.
+
+    Raises:
+        ValueError: the true output is asked for and not known.
+    """
     shown = query.task.train if format == "context" else ()
-    see = query.view.apply
-    return encode([(see(p.input), see(p.output)) for p in shown if p.output is not None], see(query.task.test[query.test].input))
+    see, test = query.view.apply, query.task.test[query.test]
+    if answer and test.output is None:
+        raise ValueError(f"task {query.task.id}, test input {query.test + 1}: the output is not known")
+    output = see(test.output) if answer and test.output is not None else None
+    return encode([(see(p.input), see(p.output)) for p in shown if p.output is not None], see(test.input), output)
 
 
 def prompts(queries: Sequence[Query], length: int, format: Format = "pair") -> Prompts:
@@ -196,6 +205,23 @@ def prompts(queries: Sequence[Query], length: int, format: Format = "pair") -> P
         tokens[i, :size], positions[i, :size] = encoded.tokens, encoded.positions
     task, dihedral = ([q.row for q in queries], [q.view.dihedral for q in queries])
     return Prompts(tokens, positions, prefix, np.array(task, np.int32), np.array(dihedral, np.int32))
+
+
+def answered(queries: Sequence[Query], rows: int, length: int, format: Format = "pair") -> Batch:
+    """Queries with their true answers, teacher forced, in a batch of `rows` sequences of `length` tokens; empty rows at the end.
+
+    Raises:
+        ValueError: a sequence is longer than `length`, or an answer is not known.
+    """
+    tokens, positions = np.full((rows, length), END, np.int32), np.zeros((rows, length, 3), np.int32)
+    size, prefix = np.zeros((2, rows), np.int32)
+    for i, query in enumerate(queries):
+        encoded = encode_query(query, format, answer=True)
+        size[i], prefix[i] = len(encoded.tokens), encoded.prefix
+        tokens[i, : size[i]], positions[i, : size[i]] = encoded.tokens, encoded.positions
+    task, dihedral = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
+    task[: len(queries)], dihedral[: len(queries)] = [q.row for q in queries], [q.view.dihedral for q in queries]
+    return Batch(tokens, positions, prefix, size, _trained(np.arange(length), prefix, size), task, dihedral)
 
 
 def bucket_for(length: int, buckets: Sequence[int]) -> int | None:
@@ -300,7 +326,12 @@ def _gather(layouts: Layouts, items: np.ndarray, view: np.ndarray, colours: np.n
         positions=fields[..., 1:].astype(np.int32),
         prefix=prefix,
         length=length,
-        loss_mask=((t >= prefix[:, None] - 1) & (t < length[:, None] - 1)).astype(np.float32),
+        loss_mask=_trained(t, prefix, length),
         task=column(layouts.task[items], -1),
         dihedral=column(view, 0),
     )
+
+
+def _trained(t: np.ndarray, prefix: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Which positions t predict a token after SEP, 0 or 1, `[B,T]`."""
+    return ((t >= prefix[:, None] - 1) & (t < length[:, None] - 1)).astype(np.float32)

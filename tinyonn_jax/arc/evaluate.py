@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.arc import generate
 from tinyonn_jax.arc.augment import Augmentation, views
-from tinyonn_jax.arc.batches import Batch, Prompts, Query, bucket_for, encode_query, prompts
+from tinyonn_jax.arc.batches import Batch, Prompts, Query, answered, bucket_for, encode_query, prompts
 from tinyonn_jax.arc.submission import Prediction, Predictions
 from tinyonn_jax.arc.tasks import Pair, Task
 from tinyonn_jax.arc.tokens import MAX_SIDE
@@ -134,6 +134,36 @@ def exact_per_step(apply_fn: Callable[[Batch], Array], batches: Iterable[Batch])
         right = right + np.sum(np.asarray(exact(apply_fn(batch), batch)) & real, -1)
         sequences += int(real.sum())
     return (right / sequences if sequences else right + np.nan).tolist()
+
+
+def exact_per_recursion(
+    apply_fn: Callable[[Batch], Array], tasks: Sequence[Task], task_ids: Sequence[str], data: DataConfig, cfg: EvalConfig
+) -> list[float]:
+    """The share of known test outputs that the greedy answer would have right after 1, …, R recursions, without augmentation.
+
+    If the first already has what the last has, recursion is not earning its cost. `apply_fn` gives logits `[R,B,T,V]`. What fits
+    no bucket counts as wrong. NaN if no output is known.
+    """
+    rows = {} if cfg.blank_task else {name: row for row, name in enumerate(task_ids)}
+    known = [
+        Query(task, i, rows.get(task.id, -1), Augmentation())
+        for task in tasks
+        for i, test in enumerate(task.test)
+        if test.output is not None
+    ]
+    groups: dict[int, list[Query]] = defaultdict(list)
+    for query in known:
+        groups[bucket_for(len(encode_query(query, data.format, answer=True).tokens), data.buckets) or 0].append(query)
+    misfits = len(groups.pop(0, ()))
+    shares = exact_per_step(
+        apply_fn,
+        (
+            answered(group[i : i + cfg.batch], cfg.batch, bucket, data.format)
+            for bucket, group in groups.items()
+            for i in range(0, len(group), cfg.batch)
+        ),
+    )
+    return [share * (1 - misfits / max(len(known), 1)) for share in shares]
 
 
 def _group(queries: Sequence[Query], data: DataConfig) -> tuple[dict[int, list[Query]], tuple[str, ...]]:

@@ -133,9 +133,9 @@ def score(predictions: Predictions, seed: int = 0, resamples: int = 2000) -> dic
     return result | {"checkpoint": predictions.checkpoint, "augmentations": predictions.augmentations}
 
 
-def save(folder: str | os.PathLike[str], predictions: Predictions, seed: int = 0) -> dict[str, Any]:
-    """Writes predictions.json, submission.json and score.json, each in one move; returns the score."""
-    result = score(predictions, seed)
+def save(folder: str | os.PathLike[str], predictions: Predictions, seed: int = 0, **facts: Any) -> dict[str, Any]:
+    """Writes predictions.json, submission.json and score.json, each in one move; returns the score, `facts` about it included."""
+    result = score(predictions, seed) | facts
     for name, text in (
         (PREDICTIONS, to_json(predictions)),
         (SUBMISSION, json.dumps(build_submission(predictions)) + "\n"),

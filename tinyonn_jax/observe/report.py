@@ -146,6 +146,8 @@ def _scores(score: Entry | None) -> str:
         rows.append(row)
     header = ["", *(f'<abbr title="{says}">{label}</abbr>' for _, label, says in AGGREGATIONS)]
     note = f"{score['augmentations']} augmentations a test input · checkpoint of step {score['checkpoint']:,}"
+    if score.get("greedy_per_recursion"):
+        note += f" · greedy answers right after each recursion: {', '.join(map(percent, score['greedy_per_recursion']))}"
     return _table(header, rows, "scores") + f'<p class="note">{note} · bootstrap intervals in brackets</p>'
 
 
