@@ -9,8 +9,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-Kind = Literal["dense", "dyntrm"]
-RuleName = Literal["none", "backprop", "sars"]
+Kind = Literal["dense", "dyntrm", "dfc", "dfc_hard"]
+RuleName = Literal["none", "backprop", "sars", "msaps"]
 Preset = Literal["smoke", "demo", "laptop", "arc1", "arc2"]
 
 
@@ -28,11 +28,12 @@ class ModelConfig:
     """The network: what is computed."""
 
     kind: Kind = "dyntrm"
-    """dense: multi-head attention and an MLP; dyntrm: routed heads (DynSIHA+) and routed experts (DynMoE)."""
+    """dense: multi-head attention and an MLP; dyntrm: routed heads (DynSIHA+) and routed experts (DynMoE); dfc, dfc_hard: routed
+    neurons (DynSIHA and MoIE), weighed by their logits or switched on and off."""
     dim: int = 128
     """Model width D, in channels."""
     heads: int = 4
-    """Attention heads (dense), or physical key/value groups G (dyntrm)."""
+    """Attention heads (dense, dfc), or physical key/value groups G (dyntrm)."""
     head_dim: int = 32
     """Size C of one attention head, in channels; even, at least 6 (three rotary axes)."""
     latent_heads: int = 16
@@ -40,7 +41,7 @@ class ModelConfig:
     active_heads: int = 1
     """Latent heads each token uses per group (dyntrm)."""
     hidden: int = 384
-    """Hidden width of the MLP (dense), in channels."""
+    """Hidden width of the MLP (dense), or hidden neurons of MoIE (dfc; 0: no feed-forward layer)."""
     experts: int = 8
     """Experts E in the library (dyntrm)."""
     active_experts: int = 2
@@ -53,16 +54,19 @@ class ModelConfig:
     """Gated (SwiGLU) MLPs and experts instead of plain silu."""
     match: Literal["cosine", "dot"] = "cosine"
     """How tokens are matched with prototypes: cosine similarity, or dot product over the square root of D."""
-    cost: Literal["bias", "bias_drln", "linear", "threshold"] = "bias"
-    """A module's price, taken off the match: a bias, a normalised bias, a regression on the token, or a sigmoid."""
+    cost: Literal["auto", "bias", "bias_drln", "linear", "threshold"] = "auto"
+    """A module's price, taken off the match: a bias, a normalised bias, a regression on the token, or a sigmoid; auto is
+    linear for dfc and bias otherwise."""
     select: Literal["top_k", "relu", "hard", "threshold"] = "top_k"
-    """Which modules a token uses: the k best, or those whose logit is above zero."""
+    """Which modules a token uses: the k best, or those whose logit is above zero (dfc always relu, dfc_hard always hard)."""
     weight: Literal["softmax", "relu", "hard"] = "softmax"
     """Weights of selected modules under top_k: softmax over their logits, their positive part, or one."""
     depth: int = 4
     """Recursions R of the one block (recursed), or number of blocks L (stacked)."""
     recursed: bool = True
     """One block applied `depth` times; false: `depth` blocks with parameters of their own."""
+    prc: bool = True
+    """Refine each block's prototypes from those of the block before (dfc and dfc_hard with model.recursed false)."""
     inject: bool = True
     """Add the embedded input again at every recursion."""
     deep_supervision: float = 0.0
@@ -78,12 +82,17 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("dim", "heads", "head_dim", "hidden", "experts", "active_experts", "expert_hidden", "depth"):
-            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, got {getattr(self, name)}")
+            least = 0 if name == "hidden" and self.neurons else 1
+            _require(getattr(self, name) >= least, f"model.{name} must be at least {least}, got {getattr(self, name)}")
         _require(
             self.head_dim % 2 == 0 and self.head_dim >= 6, f"model.head_dim must be even and at least 6, got {self.head_dim}"
         )
         _require(self.shared_experts >= 0, f"model.shared_experts must not be negative, got {self.shared_experts}")
         _require(0.0 <= self.deep_supervision <= 1.0, f"model.deep_supervision must lie in [0, 1], got {self.deep_supervision}")
+        _require(
+            not self.neurons or self.dim == self.heads * self.head_dim,
+            f"model.dim ({self.dim}) must be model.heads × model.head_dim ({self.heads} × {self.head_dim}) for kind {self.kind}",
+        )
         if self.kind == "dyntrm":
             _require(
                 self.latent_heads % self.heads == 0,
@@ -99,19 +108,38 @@ class ModelConfig:
                 f"model.active_experts ({self.active_experts}) must not exceed model.experts ({self.experts})",
             )
 
+    @property
+    def neurons(self) -> bool:
+        """Whether single neurons are the modules."""
+        return self.kind in ("dfc", "dfc_hard")
+
 
 @dataclass(frozen=True)
 class LearningConfig:
     """The learning rule of the routers."""
 
     rule: RuleName = "sars"
-    """none: routers stay as initialised; backprop: from the main loss; sars: from surprise."""
-    granularity: Literal["module", "token"] = "module"
+    """none: routers stay as initialised; backprop: from the main loss; sars, msaps: from surprise."""
+    granularity: Literal["module", "token"] = "token"
     """sars: surprise measured per module over the batch, or per token."""
-    prior_sign: Literal["bayes", "reinforce"] = "bayes"
+    prior_sign: Literal["bayes", "reinforce"] = "reinforce"
     """sars: prior = logits minus goodness (bayes, the derivation) or plus goodness (reinforce)."""
+    neuron_cost: Literal["module", "token"] = "module"
+    """sars, dfc: a neuron's cost at granularity token; per token it says the same as its importance, so module is the default."""
     goodness_gate: bool = False
     """sars: apply a module's main gradient only where its mean goodness is positive."""
+    attract: bool = True
+    """msaps: prototypes move towards the tokens they serve, or away (prototype loss)."""
+    regress: bool = True
+    """msaps: gates learn to predict surprise (gate loss)."""
+    protect: bool = True
+    """msaps: prototypes of modules with small gates move less."""
+    temperature: float = 0.5
+    """msaps: protection's temperature at accuracy zero; smaller protects fewer modules."""
+    l2: float = 1e-4
+    """msaps: adaptive decay of prototypes and modules, times their mean norm; 0 turns it off."""
+    renew: float = 1e-4
+    """msaps: modules whose activation rate falls below this get a new prototype; 0 turns it off."""
     balance: float = 0.0
     """backprop: weight of the load-balance loss; 0 turns it off."""
     pi_alpha: float = 0.1
@@ -120,6 +148,9 @@ class LearningConfig:
     """Predictive integrity: gamma, the weight of surprise."""
 
     def __post_init__(self):
+        for name in ("l2", "renew"):
+            _require(getattr(self, name) >= 0, f"learning.{name} must not be negative, got {getattr(self, name)}")
+        _require(self.temperature > 0, f"learning.temperature must be positive, got {self.temperature}")
         _require(self.balance >= 0, f"learning.balance must not be negative, got {self.balance}")
         _require(
             self.pi_alpha > 0 and self.pi_gamma >= 0, "learning.pi_alpha must be positive and learning.pi_gamma not negative"
@@ -289,8 +320,8 @@ class Config:
         _require(
             self.learning.rule != "backprop"
             or self.model.kind == "dense"
-            or self.model.select == "relu"
-            or self.model.weight != "hard",
+            or self.model.kind == "dfc"
+            or (self.model.kind == "dyntrm" and (self.model.select == "relu" or self.model.weight != "hard")),
             "learning.rule backprop needs weights with a gradient: set model.weight to softmax or relu",
         )
         _require(

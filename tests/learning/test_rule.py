@@ -104,7 +104,7 @@ def test_rules_without_an_objective_of_their_own():
     for rule in (none(), backprop()):
         loss, metrics = rule.objective({}, {}, {}, META)
         assert float(loss) == 0 and metrics == {}
-        assert rule.adjust(PARAMS, {}, {}, META) is PARAMS
+        assert rule.adjust(PARAMS, PARAMS, {}, {}, META) is PARAMS
     assert none().isolate and not backprop().isolate
 
 

@@ -184,7 +184,7 @@ def test_the_goodness_gate_zeroes_exactly_the_modules_that_are_not_good(granular
     modules = {"w_in": jnp.asarray(rng.normal(size=(M, 3, 2)), jnp.float32), "bias": jnp.asarray(rng.normal(size=M), jnp.float32)}
     grads = {"first": Layer(router, modules), "rest": jnp.ones(3)}
     rule = sars(granularity, goodness_gate=True)
-    gated = jax.jit(lambda g, r, s: rule.adjust(g, {"first": r}, {"first": s}, META))(grads, routing, signals)
+    gated = jax.jit(lambda g, r, s: rule.adjust(g, g, {"first": r}, {"first": s}, META))(grads, routing, signals)
     mean = naive_goodness(routing, signals, granularity)[np.asarray(routing.valid)].mean(0)
     assert 0 < (mean > 0).sum() < M
     for name, leaf in modules.items():
@@ -192,7 +192,7 @@ def test_the_goodness_gate_zeroes_exactly_the_modules_that_are_not_good(granular
         np.testing.assert_array_equal(gated["first"].modules[name], want)
     np.testing.assert_array_equal(gated["first"].router.proto, router.proto)
     np.testing.assert_array_equal(gated["rest"], 1)
-    assert sars(granularity).adjust(grads, {}, {}, META) is grads
+    assert sars(granularity).adjust(grads, grads, {}, {}, META) is grads
 
 
 def test_recursions_share_one_gate_and_stacked_layers_have_their_own():
@@ -205,7 +205,7 @@ def test_recursions_share_one_gate_and_stacked_layers_have_their_own():
 
     def kept(router, lead):
         grads = {"a": Layer(router, {"w": jnp.ones((*lead, M, 2))})}
-        out = jax.jit(lambda g, r, s: rule.adjust(g, {"a": r}, {"a": s}, META))(grads, routings, both)
+        out = jax.jit(lambda g, r, s: rule.adjust(g, g, {"a": r}, {"a": s}, META))(grads, routings, both)
         return np.asarray(out["a"].modules["w"])[..., 0] > 0
 
     np.testing.assert_array_equal(kept(router, ()), np.mean(means, 0) > 0)
@@ -224,7 +224,7 @@ def test_entropy_share_is_one_for_uniform_priors_and_near_zero_for_certain_ones(
 def test_several_layers_are_averaged():
     router, routing, signals = example()
     router2, routing2, signals2 = example(3)
-    rule = sars()
+    rule = sars("module", "bayes")
     alone = [float(objectives["module", "bayes"](*e)[0][0]) for e in ((router, routing, signals), (router2, routing2, signals2))]
     loss, _ = jax.jit(lambda a, b, c: rule.objective(a, b, c, META))(
         {"x": router, "y": router2}, {"x": routing, "y": routing2}, {"x": signals, "y": signals2}

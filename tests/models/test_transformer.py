@@ -227,7 +227,10 @@ def test_remat_makes_no_decision_twice(isolate):
     assert count(jaxpr.jaxpr, "top_k") == 2
 
 
-@pytest.mark.parametrize("kind", ["dense", "dyntrm"])
+KINDS = ["dense", "dyntrm", "dfc", "dfc_hard"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_taps_change_nothing(kind):
     cfg = tiny.config(kind)
     params = tiny.params(cfg)
@@ -238,9 +241,9 @@ def test_taps_change_nothing(kind):
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-7 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("kind", ["dense", "dyntrm"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_stacked_blocks_with_the_same_weights_are_the_recursed_block(kind):
-    recursed, stacked = tiny.config(kind), tiny.config(kind, recursed=False)
+    recursed, stacked = tiny.config(kind), tiny.config(kind, recursed=False, prc=False)
     params = tiny.params(recursed)
     copies = params.replace(block=jax.tree.map(lambda w: jnp.stack([w] * recursed.depth), params.block))
     loss, out, (grads, taps) = gradients(params, taps_for(params, recursed), BATCH, recursed)
@@ -259,6 +262,8 @@ def test_stacked_blocks_with_the_same_weights_are_the_recursed_block(kind):
         {"kind": "dense", "recursed": False, "inject": False},
         {"recursed": False, "inject": False, "select": "threshold", "cost": "linear"},
         {"shared_experts": 1, "active_heads": 2, "match": "dot"},
+        {"kind": "dfc", "recursed": False},
+        {"kind": "dfc_hard", "hidden": 0},
     ],
     ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()),
 )
@@ -285,7 +290,7 @@ def test_decoding_token_by_token_is_teacher_forcing(changes):
         np.testing.assert_allclose(logits[:, 0], want[row, at], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{"kind": "dense"}, {"shared_experts": 1}], ids=str)
+@pytest.mark.parametrize("changes", [{"kind": "dense"}, {"shared_experts": 1}, {"kind": "dfc", "recursed": False}], ids=str)
 def test_causality_by_gradient(changes):
     """Every token of the batch is another one, so that a row of the embedding is a position: logits at t depend on it exactly
     when the position is not after t, or lies in the prefix; and never on another sequence."""
@@ -307,7 +312,7 @@ def test_causality_by_gradient(changes):
         assert not depends[b, :, 1 - b].any()
 
 
-@pytest.mark.parametrize("kind", ["dense", "dyntrm"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_padding_influences_nothing(kind):
     """Other tokens, positions, tasks in the padding: not a bit of the real logits and of any gradient changes, nor do signals."""
     cfg = tiny.config(kind)

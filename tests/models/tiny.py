@@ -15,9 +15,10 @@ TASKS = 3
 
 
 def config(kind="dyntrm", **changes) -> ModelConfig:
-    """Width 8, two groups of two latent heads, three experts of which a token uses two, two recursions."""
+    """Width 8 (12 where neurons are routed), two groups of two latent heads, three experts of which a token uses two, two
+    recursions."""
     sizes = {
-        "dim": 8,
+        "dim": 12 if kind.startswith("dfc") else 8,
         "heads": 2,
         "head_dim": 6,
         "latent_heads": 4,

@@ -87,6 +87,13 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float = 1e
     return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps) * scale).astype(x.dtype)
 
 
+def layer_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float = 1e-6) -> Array:
+    """(x - mean) / std · scale + bias over the last axis, in float32 (Ba et al., 2016)."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, -1, keepdims=True)
+    return (centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + eps) * scale + bias).astype(x.dtype)
+
+
 def rotation(positions: Int[Array, "B T A"], size: int, base: float = 100.0) -> tuple[Array, Array]:
     """Cosines and sines `[B,T,1,C/2]` that rotate heads of `size` C by A-dimensional positions (Su et al., 2021).
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from tinyonn_jax.layers.base import Param, normal, zeros
+from tinyonn_jax.layers.base import Param, fan_in, layer_norm, normal, ones, zeros
 
 EPS = 1e-6
 
@@ -50,25 +50,39 @@ class RouterConfig:
 
 
 @flax.struct.dataclass
+class Stream:
+    """A prototype residual connection (PRC) into one layer: `w [D,D]`, and the `scale [D]` and `bias [D]` of its layer norm."""
+
+    w: Any
+    scale: Any
+    bias: Any
+
+
+@flax.struct.dataclass
 class Router:
-    """Router parameters: prototypes `proto [M, D]`, cost `gate [M]`, or `[M, D]` with cost linear."""
+    """Router parameters: prototypes `proto [M, D]`, cost `gate [M]`, or `[M, D]` with cost linear.
+
+    `stream`: in a stack of L blocks with prototype residual connections, the L-1 of them; see `effective`.
+    """
 
     proto: Any
     gate: Any
+    stream: Stream | None = None
 
 
 @flax.struct.dataclass
 class Routing:
     """What a router decided for N tokens, as data apart from the modules.
 
-    Slots are ordered by group, then by falling logit. `active` marks the slots in use: selections with a variable number of
-    modules leave some slots idle, with weight 0, and tokens that are not `valid` (padding) leave all of them idle. `unrouted`
+    Slots are ordered by group, then by falling logit; `index` None says that every module has a slot of its own, in order
+    (K = M), as neurons do. `active` marks the slots in use: selections with a variable number of modules leave some slots idle,
+    with weight 0, and tokens that are not `valid` (padding) leave all of them idle. `unrouted`
     marks the valid tokens that had no module above zero (in some group) where the selection asks for one. `config` says how
     the decision was made, so that a learning rule can make the logits again from `input`.
     """
 
     logits: Float[Array, "*R N M"]
-    index: Int[Array, "*R N K"]
+    index: Int[Array, "*R N K"] | None
     weight: Float[Array, "*R N K"]
     active: Bool[Array, "*R N K"]
     input: Float[Array, "*R N D"]
@@ -77,18 +91,41 @@ class Routing:
     config: RouterConfig = flax.struct.field(pytree_node=False)
 
 
+def stream_spec(dim: int) -> Stream:
+    """Identity-like at first in effect: a fan-in normal W, whose norm starts at a scale of 0.02 as prototypes do."""
+    return Stream(
+        w=Param((dim, dim), (None, "embed"), fan_in()),
+        scale=Param((dim,), ("embed",), lambda key, shape: 0.02 * ones(key, shape)),
+        bias=Param((dim,), ("embed",), zeros),
+    )
+
+
+def effective(router: Router) -> Router:
+    """The routers `[L,…]` of a stack with their prototype residual connections applied (seed 0): each layer's prototypes are
+    refined from those of the layer before, p_eff^l = proto^l + LayerNorm(p_eff^{l-1}·W^l). Without any, the router as it is."""
+    if router.stream is None:
+        return router
+    refined = [router.proto[0]]
+    for layer in range(1, router.proto.shape[0]):
+        w, scale, bias = (leaf[layer - 1] for leaf in (router.stream.w, router.stream.scale, router.stream.bias))
+        refined.append(router.proto[layer] + layer_norm(refined[-1] @ w, scale, bias))
+    return Router(jnp.stack(refined), router.gate)
+
+
 def spec(dim: int, cfg: RouterConfig) -> Router:
     """Prototypes from N(0, 0.02²), gates zero."""
     gate = ((cfg.modules, dim), ("modules", "embed")) if cfg.cost == "linear" else ((cfg.modules,), ("modules",))
     return Router(proto=Param((cfg.modules, dim), ("modules", "embed"), normal(0.02)), gate=Param(*gate, zeros))
 
 
-def drln(v: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
-    """Dynamic relative linear normalisation, v / max|v| along `axis` (seed 0): linear, in [-1, 1], keeps ratios.
+def drln(v: Float[Array, "..."], axis: int = -1, floor: float = 0.0) -> Float[Array, "..."]:
+    """Dynamic relative linear normalisation, v / (max|v| + floor) along `axis` (seed 0): linear, in [-1, 1], keeps ratios.
 
-    The maximum carries no gradient; an all-zero input gives zero, with gradient 1.
+    The maximum carries no gradient; an all-zero input gives zero, with gradient 1 or 1 / floor.
     """
     peak = jax.lax.stop_gradient(jnp.max(jnp.abs(v), axis, keepdims=True))
+    if floor:
+        return v / (peak + floor)
     ratio = v / jnp.where(peak > 0, peak, 1.0)
     # Compiled, the division may be a product with a rounded reciprocal: the largest is made exactly one, so that two cancel.
     return ratio + jax.lax.stop_gradient(jnp.where(jnp.abs(v) == peak, jnp.sign(v) - ratio, 0))
@@ -110,12 +147,15 @@ def match(x: Float[Array, "N D"], proto: Float[Array, "M D"], cfg: RouterConfig)
 
 
 def cost(x: Float[Array, "N D"], gate: Array, cfg: RouterConfig) -> Array:
-    """The price of every module, [M] or [N, M]: g, DRLN(g), the regression x·gᵀ (seed 0), or sigmoid(g) (seed 2)."""
+    """The price of every module, [M] or [N, M]: g, g / (max|g| + 1), the regression x·gᵀ (seed 0), or sigmoid(g) (seed 2).
+
+    The 1 is DRLN's ε: with a tiny one, the first step away from zero makes every price +-1 and decides every neuron for good.
+    """
     match cfg.cost:
         case "bias":
             return gate
         case "bias_drln":
-            return drln(gate)
+            return drln(gate, floor=1.0)
         case "linear":
             return x @ gate.T
         case "threshold":
@@ -172,8 +212,43 @@ def route(router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: Bool
     return Routing(logits, index, jnp.where(active, weight, 0), active, detached, valid, unrouted & valid, cfg)
 
 
+def data_init(router: Router, routing: Routing, key: Array) -> Router:
+    """The router with the inputs of random valid tokens as prototypes, so that every module starts near some of the data.
+
+    `routing` is one that this router made; with blocks of their own both have a leading axis L.
+    """
+
+    def one(key, proto, x, valid):
+        rows = jax.random.choice(key, x.shape[0], (proto.shape[0],), p=valid / jnp.sum(valid))
+        return x[rows].astype(proto.dtype)
+
+    if router.proto.ndim == 3:
+        keys = jax.random.split(key, router.proto.shape[0])
+        return router.replace(proto=jax.vmap(one)(keys, router.proto, routing.input, routing.valid))
+    x, valid = routing.input.reshape(-1, routing.input.shape[-1]), routing.valid.reshape(-1)  # of all recursions
+    return router.replace(proto=one(key, router.proto, x, valid))
+
+
+def route_all(router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: Bool[Array, " N"] | None = None) -> Routing:
+    """`route` where every module is a candidate and keeps its place: no sort, `index` None. For selections relu and hard.
+
+    Raises:
+        ValueError: another selection.
+    """
+    if cfg.select not in ("relu", "hard"):
+        raise ValueError(f"neurons are selected by relu or hard, not by {cfg.select}")
+    valid = jnp.ones(x.shape[0], bool) if valid is None else valid
+    detached = jax.lax.stop_gradient(x)
+    logits = jax.lax.stop_gradient(routing_logits(router, detached, cfg)) if cfg.isolate else routing_logits(router, x, cfg)
+    active = checkpoint_name(logits > 0, "routing") & valid[:, None]
+    weight = jnp.where(active, logits if cfg.select == "relu" else 1.0, 0.0)
+    return Routing(logits, None, weight, active, detached, valid, valid & ~jnp.any(active, -1), cfg)
+
+
 def per_module(values: Float[Array, "N K"], routing: Routing) -> Float[Array, "N M"]:
     """Slot values laid out by module, zero where a token does not use the module. A one-hot sum: a scatter would not shard."""
+    if routing.index is None:
+        return jnp.where(routing.active, values, 0)
     modules = jnp.arange(routing.logits.shape[-1])
     hit = (routing.index[..., None] == modules) & routing.active[..., None]
     return jnp.sum(jnp.where(hit, values[..., None], 0), -2)

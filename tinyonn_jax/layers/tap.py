@@ -23,17 +23,22 @@ class Tap:
     `output [N,K]` (w‖g_n‖)²; `attribution [N,K]` ⟨g_n, w f_m(x_n)⟩²; `param [N,K]` squared norm of the parameter gradient that
     one token causes in one module; `module [M]` squared norm of the module's parameter gradient over the whole batch. g_n is
     dL/dy_n, w the slot's weight.
+
+    Neurons need two of them, and the others are None: a neuron's output is a coordinate of its own, so its `output` already tells
+    it apart from the others, and its `param` is that times the norm of the token (see `layers.spl`).
     """
 
     output: Float[Array, "*R N K"]
-    attribution: Float[Array, "*R N K"]
-    param: Float[Array, "*R N K"]
+    attribution: Float[Array, "*R N K"] | None
+    param: Float[Array, "*R N K"] | None
     module: Float[Array, "*R M"]
 
 
 def zeros(routing: Routing) -> Tap:
     """The tap that fits a routing (or its `jax.eval_shape`), recursions or layers leading as they do there."""
-    slots, modules = routing.index.shape, routing.logits.shape[:-2] + routing.logits.shape[-1:]
+    slots, modules = routing.weight.shape, routing.logits.shape[:-2] + routing.logits.shape[-1:]
+    if routing.index is None:
+        return Tap(jnp.zeros(slots), None, None, jnp.zeros(modules))
     return Tap(jnp.zeros(slots), jnp.zeros(slots), jnp.zeros(slots), jnp.zeros(modules))
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tinyonn_jax.layers.routing import Router, Routing, per_module, routing_logits, select
+from tinyonn_jax.layers.routing import Router, Routing, effective, per_module, routing_logits, select
 from tinyonn_jax.learning.signals import Signals
 
 Routers = dict[str, Router]
@@ -36,16 +36,20 @@ class MetaState:
 
 
 class LearningRule(NamedTuple):
-    """init → state; objective → the routers' own loss; adjust → main gradients after protection or gating; update → next state.
+    """What a rule does at each point of a step.
 
-    `isolate` says what the model must do: cut routers off the main loss (True), or let it teach them.
+    `init(params, routings)` → state; `objective` → the routers' own loss; `adjust(grads, params, …)` → gradients after
+    protection, gating or decay; `update` → next state. `isolate` says what the model must do: cut routers off the main loss
+    (True), or let it teach them. `renew(params, state, key)` → params and state with some prototypes made anew after the step,
+    and for each layer a mask `[M]` of them, whose optimizer moments and average start again; None for rules that never do.
     """
 
     init: Callable[[Any, Routings], MetaState]
     objective: Callable[[Routers, Routings, dict[str, Signals], MetaState], tuple[Array, Metrics]]
-    adjust: Callable[[Any, Routings, dict[str, Signals], MetaState], Any]
+    adjust: Callable[[Any, Any, Routings, dict[str, Signals], MetaState], Any]
     update: Callable[[MetaState, Routings, dict[str, Signals], Metrics], MetaState]
     isolate: bool = True
+    renew: Callable[[Any, MetaState, Array], tuple[Any, MetaState, dict[str, Array]]] | None = None
 
 
 def layers(params: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -90,6 +94,7 @@ def replace_layer(params: Any, name: str, layer: Any) -> Any:
 def logits_of(router: Router, routing: Routing) -> Float[Array, "*R N M"]:
     """The logits again, from the detached input and the router's parameters: the only way a meta loss reaches a router."""
     one = lambda r, x: routing_logits(r, x, routing.config)  # noqa: E731
+    router = effective(router)
     if router.proto.ndim == 3:  # stacked blocks: a router of their own for each leading index
         return jax.vmap(one)(router, routing.input)
     return one(router, routing.input)
@@ -135,7 +140,7 @@ def load_balance(weight: Float[Array, "*R N K"], routing: Routing) -> Array:
     return 0.5 * (unevenness(load) + unevenness(jnp.sum(per_module(weight, routing), -2)))
 
 
-def _unchanged(grads, routings, signals, meta):
+def _unchanged(grads, params, routings, signals, meta):
     return grads
 
 
@@ -156,7 +161,10 @@ def backprop(balance: float = 0.0) -> LearningRule:
         losses = []
         for name, routing in routings.items():
             logits = logits_of(routers[name], routing)
-            weight = select(logits.reshape(-1, logits.shape[-1]), routing.config)[1].reshape(routing.weight.shape)
+            if routing.index is None:
+                weight = jax.nn.relu(logits)
+            else:
+                weight = select(logits.reshape(-1, logits.shape[-1]), routing.config)[1].reshape(routing.weight.shape)
             losses.append(load_balance(jnp.where(routing.active, weight, 0), routing))
         mean = sum(losses, jnp.float32(0)) / max(len(losses), 1)
         return balance * mean, {"loss_balance": mean}

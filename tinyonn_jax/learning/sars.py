@@ -27,10 +27,13 @@ def _competing(values: Float[Array, "*R M"], routing: Routing) -> Float[Array, "
     return values.reshape(*values.shape[:-1], routing.config.groups, -1)
 
 
-def goodness(routing: Routing, signals: Signals, granularity: Granularity) -> Float[Array, "*R N G P"]:
+def goodness(
+    routing: Routing, signals: Signals, granularity: Granularity, neuron_cost: Granularity = "module"
+) -> Float[Array, "*R N G P"]:
     """Importance × (belief − cost), each normalised over the modules that compete; 0 for modules not used, carries no gradient.
 
-    A module counts as used if the batch used it (module), or if the token did (token).
+    A module counts as used if the batch used it (module), or if the token did (token). For neurons at granularity token the cost
+    is the module's all the same: per token it is |δ|·‖x‖, which normalised over neurons is |δ|, the importance, again.
     """
     if granularity == "module":
         importance, cost = signals.module_output[..., None, :], signals.module_param[..., None, :]
@@ -38,26 +41,29 @@ def goodness(routing: Routing, signals: Signals, granularity: Granularity) -> Fl
     else:
         importance, cost = per_module(signals.attribution, routing), per_module(signals.param, routing)
         used = per_module(jnp.ones_like(routing.weight), routing) > 0
+        if routing.index is None and neuron_cost == "module":
+            cost = jnp.broadcast_to(signals.module_param[..., None, :], cost.shape)
     importance, cost, used, belief = (_competing(v, routing) for v in (importance, cost, used, routing.logits))
     return stop_gradient(jnp.where(used, drln(importance) * (drln(belief) - drln(cost)), 0.0))
 
 
 def sars(
-    granularity: Granularity = "module",
-    prior_sign: Literal["bayes", "reinforce"] = "bayes",
+    granularity: Granularity = "token",
+    prior_sign: Literal["bayes", "reinforce"] = "reinforce",
     goodness_gate: bool = False,
+    neuron_cost: Granularity = "module",
 ) -> LearningRule:
     """The SARS learning rule.
 
     `prior_sign`: bayes subtracts goodness, as derived; reinforce adds it, so good modules gain. `goodness_gate`: a module's main
-    gradient is applied only where its mean goodness is positive.
+    gradient is applied only where its mean goodness is positive. `neuron_cost`: see `goodness`.
     """
     sign = -1.0 if prior_sign == "bayes" else 1.0
 
     def objective(routers, routings, signals, meta):
         losses, shares, per_layer = [], [], {}
         for name, routing in routings.items():
-            good = goodness(routing, signals[name], granularity)
+            good = goodness(routing, signals[name], granularity, neuron_cost)
             logits = _competing(logits_of(routers[name], routing), routing)
             h = entropy(logits + sign * good)  # [*R,N,G]
             losses.append(mean_over_tokens(h.mean(-1), routing))
@@ -77,11 +83,11 @@ def sars(
             "layers": per_layer,
         }
 
-    def adjust(grads, routings, signals, meta):
+    def adjust(grads, params, routings, signals, meta):
         if not goodness_gate:
             return grads
         for name, layer in layers(grads).items():
-            good = goodness(routings[name], signals[name], granularity)
+            good = goodness(routings[name], signals[name], granularity, neuron_cost)
             mean = jnp.where(routings[name].valid[..., None, None], good, 0).sum(-3)  # [*R,G,P]
             mean = mean.reshape(*mean.shape[:-2], -1)
             if part(layer, "router").proto.ndim == 2:  # one router for all recursions

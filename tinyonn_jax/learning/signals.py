@@ -20,7 +20,8 @@ class Signals:
     """Norms, float32; zero in idle slots (see `Routing.active`) and for modules nobody used.
 
     Per token and slot `[N,K]`: `output` w‖g_n‖, `attribution` |⟨g_n, w f_m(x_n)⟩|, `param` the norm of the parameter gradient
-    this token causes in this module ("ghost norm"). Per module `[M]`: `module_output` √Σ_n w²‖g_n‖² over its tokens,
+    this token causes in this module ("ghost norm"). Of a neuron `output` and `attribution` are both |δ|, the gradient of its
+    pre-activation, and `param` is |δ|·‖x_n‖. Per module `[M]`: `module_output` √Σ_n w²‖g_n‖² over its tokens,
     `module_param` ‖dL/dθ_m‖.
     """
 
@@ -33,16 +34,17 @@ class Signals:
 
 def read(tapped: dict[str, taps.Tap], routings: dict[str, Routing]) -> dict[str, Signals]:
     """The signals of every routed layer, from the gradients of its tap."""
-    return {
-        name: Signals(
-            output=jnp.sqrt(tap.output),
-            attribution=jnp.sqrt(tap.attribution),
-            param=jnp.sqrt(tap.param),
-            module_output=jnp.sqrt(jnp.sum(per_module(tap.output, routings[name]), -2)),
-            module_param=jnp.sqrt(tap.module),
-        )
-        for name, tap in tapped.items()
-    }
+    return {name: _signals(tap, routings[name]) for name, tap in tapped.items()}
+
+
+def _signals(tap: taps.Tap, routing: Routing) -> Signals:
+    output = jnp.sqrt(tap.output)
+    if tap.param is None or tap.attribution is None:
+        attribution, param = output, output * jnp.linalg.norm(routing.input.astype(jnp.float32), axis=-1, keepdims=True)
+    else:
+        attribution, param = jnp.sqrt(tap.attribution), jnp.sqrt(tap.param)
+    module_output = jnp.sqrt(jnp.sum(per_module(tap.output, routing), -2))
+    return Signals(output, attribution, param, module_output, jnp.sqrt(tap.module))
 
 
 def make_taps(routings: Any) -> dict[str, taps.Tap]:
@@ -65,7 +67,10 @@ def summary(routing: Routing, signals: Signals) -> dict[str, Array]:
     active = routing.active.reshape(*routing.active.shape[:-1], cfg.groups, -1)
     surprise = jnp.where(active, signals.param.reshape(active.shape), jnp.inf)
     contested = active.sum(-1) > 1
-    right = contested & (jnp.argmin(surprise, -1) == 0)  # slots are sorted by logit
+    top = 0  # slots are sorted by logit
+    if routing.index is None:
+        top = jnp.argmax(jnp.where(active, routing.logits.reshape(active.shape), -jnp.inf), -1)
+    right = contested & (jnp.argmin(surprise, -1) == top)
     slots = jnp.maximum(jnp.sum(routing.active), 1)
     return {
         "load": load,

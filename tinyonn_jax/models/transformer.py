@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tinyonn_jax.config import ModelConfig
-from tinyonn_jax.layers import attention, dynmoe, dynsiha_plus, experts
+from tinyonn_jax.layers import attention, dynmoe, dynsiha, dynsiha_plus, experts, moie
 from tinyonn_jax.layers.base import Param, normal, ones, rms_norm, stack
-from tinyonn_jax.layers.routing import RouterConfig, Routing, entropy
+from tinyonn_jax.layers.routing import Router, RouterConfig, Routing, effective, entropy, stream_spec
 from tinyonn_jax.layers.tap import Tap
 
 VOCAB = 14
@@ -60,36 +60,62 @@ class Output:
     depth: Int[Array, "B T"]
 
 
-def _routers(cfg: ModelConfig, isolate: bool) -> tuple[RouterConfig, RouterConfig]:
-    """The routers of the attention heads and of the experts."""
-    rule = {"match": cfg.match, "cost": cfg.cost, "select": cfg.select, "weight": cfg.weight, "isolate": isolate}
-    return (
-        RouterConfig(cfg.latent_heads, cfg.active_heads, groups=cfg.heads, **rule),
-        RouterConfig(cfg.experts, cfg.active_experts, **rule),
-    )
+def _router(cfg: ModelConfig, isolate: bool, modules: int, slots: int, groups: int = 1) -> RouterConfig:
+    select = {"dfc": "relu", "dfc_hard": "hard"}.get(cfg.kind, cfg.select)
+    cost = ("linear" if cfg.kind == "dfc" else "bias") if cfg.cost == "auto" else cfg.cost
+    return RouterConfig(modules, slots, groups, cfg.match, cost, select, cfg.weight, isolate=isolate)  # pyright: ignore[reportArgumentType]
 
 
-def _attention_config(cfg: ModelConfig, isolate: bool) -> dynsiha_plus.Config:
-    return dynsiha_plus.Config(cfg.dim, cfg.head_dim, _routers(cfg, isolate)[0])
+def _attention_config(cfg: ModelConfig, isolate: bool = True) -> Any:
+    if cfg.kind == "dyntrm":
+        router = _router(cfg, isolate, cfg.latent_heads, cfg.active_heads, groups=cfg.heads)
+        return dynsiha_plus.Config(cfg.dim, cfg.head_dim, router)
+    return dynsiha.Config(cfg.dim, cfg.heads, _router(cfg, isolate, cfg.dim, 0))
 
 
-def _feedforward_config(cfg: ModelConfig, isolate: bool) -> dynmoe.Config:
-    return dynmoe.Config(cfg.dim, cfg.expert_hidden, _routers(cfg, isolate)[1], cfg.gated, cfg.shared_experts)
+def _feedforward_config(cfg: ModelConfig, isolate: bool = True) -> Any:
+    if cfg.kind == "dyntrm":
+        router = _router(cfg, isolate, cfg.experts, cfg.active_experts)
+        return dynmoe.Config(cfg.dim, cfg.expert_hidden, router, cfg.gated, cfg.shared_experts)
+    return moie.Config(cfg.dim, cfg.hidden, _router(cfg, isolate, cfg.hidden, 0))
+
+
+def _parts(cfg: ModelConfig) -> tuple[Any, Any]:
+    """The specs of a block's attention and feed-forward layer."""
+    match cfg.kind:
+        case "dense":
+            return attention.spec(cfg.dim, cfg.heads, cfg.head_dim), experts.mlp_spec(cfg.dim, cfg.hidden, cfg.gated)
+        case "dyntrm":
+            return dynsiha_plus.spec(_attention_config(cfg)), dynmoe.spec(_feedforward_config(cfg))
+        case "dfc" | "dfc_hard":
+            return dynsiha.spec(_attention_config(cfg)), moie.spec(_feedforward_config(cfg)) if cfg.hidden else None
+
+
+def _streams(block: Block, layers: int) -> Block:
+    """A stacked block's spec with prototype residual connections between its layers, one stream per router."""
+
+    def connect(x: Any) -> Any:
+        if not isinstance(x, Router) or layers < 2:
+            return x
+        return x.replace(stream=stack(stream_spec(x.proto.shape[-1]), layers - 1))
+
+    return jax.tree.map(connect, block, is_leaf=lambda x: isinstance(x, Router))
 
 
 def spec(cfg: ModelConfig, tasks: int) -> Params:
     """The parameters of the whole network for `tasks` tasks, as `Param`s."""
-    if cfg.kind == "dense":
-        attend, feed = attention.spec(cfg.dim, cfg.heads, cfg.head_dim), experts.mlp_spec(cfg.dim, cfg.hidden, cfg.gated)
-    else:
-        attend, feed = dynsiha_plus.spec(_attention_config(cfg, True)), dynmoe.spec(_feedforward_config(cfg, True))
+    attend, feed = _parts(cfg)
     norm = Param((cfg.dim,), ("embed",), ones)
     block = Block(norm, attend, norm, feed)
+    if not cfg.recursed:
+        block = stack(block, cfg.depth)
+        if cfg.kind in ("dfc", "dfc_hard") and cfg.prc:
+            block = _streams(block, cfg.depth)
     return Params(
         embed=Param((VOCAB, cfg.dim), (None, "embed"), normal(0.5)),
         task=Param((tasks, cfg.dim), (None, "embed"), normal(0.5)) if cfg.task_embedding else None,
         dihedral=Param((DIHEDRALS, cfg.dim), (None, "embed"), normal(0.5)),
-        block=block if cfg.recursed else stack(block, cfg.depth),
+        block=block,
         norm=norm,
         head=Param((cfg.dim, VOCAB), ("embed", None), normal(0.02)),
     )
@@ -115,24 +141,56 @@ def _block(
     cache: attention.Cache | None,
 ):
     """One application of the block: the new x, the routings, the new cache."""
-    tap = taps or {}
-    routings: dict[str, Routing] = {}
     h = rms_norm(x, block.norm_attention)
-    if cfg.kind == "dense":
-        h, cache = attention.apply(block.attention, h, cfg.head_dim, where, cache)
-    else:
-        h, routings[ATTENTION], cache = dynsiha_plus.apply(
-            block.attention, h, _attention_config(cfg, isolate), where=where, valid=valid, cache=cache, tap=tap.get(ATTENTION)
-        )
+    h, heads, cache = _attend(block.attention, h, cfg, isolate, where, valid, _part_of(taps, ATTENTION), cache)
     x = x + h
     h = rms_norm(x, block.norm_feedforward)
-    if cfg.kind == "dense":
-        h = experts.mlp(block.feedforward, h, cfg.gated)
-    else:
-        h, routings[FEEDFORWARD] = dynmoe.apply(
-            block.feedforward, h, _feedforward_config(cfg, isolate), valid=valid, tap=tap.get(FEEDFORWARD)
-        )
-    return x + h, routings, cache
+    h, feed = _feed(block.feedforward, h, cfg, isolate, valid, _part_of(taps, FEEDFORWARD))
+    return x + h, _named(ATTENTION, heads) | _named(FEEDFORWARD, feed), cache
+
+
+def _named(layer: str, routings: dict[str, Routing]) -> dict[str, Routing]:
+    """Routings by dotted path; a layer with one router has the role ""."""
+    return {f"{layer}.{role}".rstrip("."): routing for role, routing in routings.items()}
+
+
+def _part_of(taps: dict[str, Tap] | None, layer: str) -> dict[str, Tap]:
+    """The taps of one layer, by role."""
+    return {name.removeprefix(layer).lstrip("."): tap for name, tap in (taps or {}).items() if name.startswith(layer)}
+
+
+def _attend(params: Any, x: Array, cfg: ModelConfig, isolate: bool, where, valid, tap: dict[str, Tap], cache):
+    match cfg.kind:
+        case "dense":
+            y, cache = attention.apply(params, x, cfg.head_dim, where, cache)
+            return y, {}, cache
+        case "dyntrm":
+            layer = _attention_config(cfg, isolate)
+            y, chosen, cache = dynsiha_plus.apply(params, x, layer, where=where, valid=valid, cache=cache, tap=tap.get(""))
+            return y, {"": chosen}, cache
+        case _:
+            return dynsiha.apply(params, x, _attention_config(cfg, isolate), where=where, valid=valid, cache=cache, tap=tap)
+
+
+def _feed(params: Any, x: Array, cfg: ModelConfig, isolate: bool, valid, tap: dict[str, Tap]):
+    match cfg.kind:
+        case "dense":
+            return experts.mlp(params, x, cfg.gated), {}
+        case "dyntrm":
+            y, chosen = dynmoe.apply(params, x, _feedforward_config(cfg, isolate), valid=valid, tap=tap.get(""))
+            return y, {"": chosen}
+        case _ if params is None:
+            return jnp.zeros_like(x), {}
+        case _:
+            flat = None if valid is None else valid.reshape(-1)
+            y, routings = moie.apply(params, x.reshape(-1, cfg.dim), _feedforward_config(cfg, isolate), valid=flat, tap=tap)
+            return y.reshape(x.shape), routings
+
+
+def _refined(block: Block) -> Block:
+    """The block with its prototype residual connections applied: they join routers, not activations."""
+    is_router = lambda x: isinstance(x, Router)  # noqa: E731
+    return jax.tree.map(lambda x: effective(x) if is_router(x) else x, block, is_leaf=is_router)
 
 
 def _recurse(
@@ -170,7 +228,7 @@ def _recurse(
             x, depth = y, depth + 1
         return (x, depth), (x if keep else None, routings, cache)
 
-    blocks = None if cfg.recursed else params.block
+    blocks = None if cfg.recursed else _refined(params.block)
     start = (x, jnp.zeros(x.shape[:2], jnp.int32))
     # A dense block is a few large kernels, so that copies in and out of the scan's stacks cost a tenth of the step: unroll some.
     unroll = min(cfg.depth, 4) if cfg.kind == "dense" and not cfg.remat else 1

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tinyonn_jax.config import Config
-from tinyonn_jax.learning import LearningRule, backprop, integrity, none, sars
+from tinyonn_jax.learning import LearningRule, backprop, integrity, msaps, none, sars
+from tinyonn_jax.learning.msaps import Parts
 from tinyonn_jax.models import transformer
 from tinyonn_jax.training.step import Aux, LossFn
 
@@ -24,7 +25,9 @@ def make_rule(config: Config) -> LearningRule:
         case "backprop":
             return backprop(cfg.balance)
         case "sars":
-            return sars(cfg.granularity, cfg.prior_sign, cfg.goodness_gate)
+            return sars(cfg.granularity, cfg.prior_sign, cfg.goodness_gate, cfg.neuron_cost)
+        case "msaps":
+            return msaps(Parts(cfg.attract, cfg.regress, cfg.protect, cfg.temperature, cfg.l2, cfg.renew))
 
 
 def token_losses(logits: Float[Array, "*R B T V"], tokens: Int[Array, "B T"]) -> tuple[Float[Array, "*R B T"], Array]:

@@ -1,7 +1,7 @@
 """Two optimizers kept apart: main for modules, meta for routers, each with its own schedule, clipping and decay.
 
-A parameter's name says its group: everything under `router` is meta, everything else main; in main, leaves named `w_…` are
-matrices `[…, in, out]`, which may use Muon (Jordan, 2024), one orthogonalisation per leading index.
+A parameter's name says its group: everything under `router` is meta, everything else main; in main, leaves named `w_…`
+(`[…, in, out]`) and `mu` (`[…, out, in]`) are matrices, which may use Muon (Jordan, 2024), once for every leading index.
 """
 
 from typing import Any
@@ -13,19 +13,20 @@ from optax.contrib import MuonDimensionNumbers, muon
 from tinyonn_jax.config import OptimConfig
 
 
-def _names(path) -> list[str]:
+def names(path: Any) -> list[str]:
+    """The parts of a leaf's path in a tree, as words."""
     return [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
 
 
 def labels(params: Any) -> Any:
     """ "meta" for every leaf under a `router`, "main" for all others."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "meta" if "router" in _names(path) else "main", params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: "meta" if "router" in names(path) else "main", params)
 
 
 def matrices(params: Any) -> Any:
-    """True for the main leaves named `w_…`."""
+    """True for the main leaves named `w_…` or `mu`."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: _names(path)[-1].startswith("w_") and "router" not in _names(path), params
+        lambda path, _: (names(path)[-1].startswith("w_") or names(path)[-1] == "mu") and "router" not in names(path), params
     )
 
 
@@ -47,7 +48,10 @@ def make_optimizer(cfg: OptimConfig, steps: int, frozen_routers: bool = False) -
     if cfg.matrices == "muon":
 
         def dims(params):
-            return jax.tree.map(lambda is_matrix: MuonDimensionNumbers(-2, -1) if is_matrix else None, matrices(params))
+            sides = lambda path: (-1, -2) if names(path)[-1] == "mu" else (-2, -1)  # noqa: E731
+            return jax.tree_util.tree_map_with_path(
+                lambda path, is_matrix: MuonDimensionNumbers(*sides(path)) if is_matrix else None, matrices(params)
+            )
 
         main = muon(
             schedule(cfg.muon_lr, steps, cfg),

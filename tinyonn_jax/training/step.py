@@ -23,6 +23,7 @@ from tinyonn_jax.layers.tap import Tap
 from tinyonn_jax.learning import signals as surprise
 from tinyonn_jax.learning.integrity import predictive_integrity
 from tinyonn_jax.learning.rule import LearningRule, layers, replace_layer, routers
+from tinyonn_jax.training.optim import names
 from tinyonn_jax.training.state import TrainState
 
 
@@ -59,7 +60,7 @@ def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: Any, batch
     (meta_loss, rule_metrics), meta_grads = objective(routers(params), aux.routings, signals, meta)
     for name, router in routers(grads).items():
         grads = replace_layer(grads, f"{name}.router".lstrip("."), jax.tree.map(jnp.add, router, meta_grads[name]))
-    grads = rule.adjust(grads, aux.routings, signals, meta)
+    grads = rule.adjust(grads, params, aux.routings, signals, meta)
 
     metrics = {
         "main_loss": loss,
@@ -88,6 +89,21 @@ def _routing_metrics(params: Any, routings: Any, signals: Any, rule_metrics: Any
         return rule_metrics
     scalars = [key for key, value in next(iter(found.values())).items() if jnp.ndim(value) == 0]
     return {**rule_metrics, **{k: surprise.average([m[k] for m in found.values()]) for k in scalars}, "layers": found}
+
+
+def _renewed(renew: Callable, state: TrainState) -> TrainState:
+    """The state after a rule made prototypes anew: these rows lose their optimizer moments, and their average starts again."""
+    params, meta, fresh = renew(state.params, state.meta, jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step))
+    masks = {f"{name}.router.proto".lstrip("."): mask[..., None] for name, mask in fresh.items()}
+
+    def reset(path, leaf, value=0.0):
+        words = names(path)
+        mask = next((mask for name, mask in masks.items() if words[-name.count(".") - 1 :] == name.split(".")), None)
+        return leaf if mask is None else jnp.where(mask, value, leaf)
+
+    opt_state = jax.tree_util.tree_map_with_path(reset, state.opt_state)
+    ema = jax.tree_util.tree_map_with_path(reset, state.ema, params)
+    return replace(state, params=params, meta=meta, opt_state=opt_state, ema=ema)
 
 
 def _group_norm(grads: Any, meta: bool) -> Array:
@@ -130,6 +146,8 @@ def make_train_step(
             ema=jax.tree.map(lambda old, p: decay * old + (1 - decay) * p, state.ema, params),
             skipped=jnp.int32(0),
         )
+        if rule.renew is not None:
+            new = _renewed(rule.renew, new)
         norm_main, norm_meta = _group_norm(grads, meta=False), _group_norm(grads, meta=True)
         finite = jnp.isfinite(metrics["main_loss"]) & jnp.isfinite(norm_main) & jnp.isfinite(norm_meta)
         kept = replace(state, step=state.step + 1, skipped=state.skipped + 1)

@@ -1,0 +1,179 @@
+"""SPL against a loop over tokens and neurons in numpy float64, its taps against materialised gradients, and isolation."""
+
+from dataclasses import replace
+from itertools import permutations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinyonn_jax.layers import base, dynsiha, moie, spl, tap
+from tinyonn_jax.layers.routing import Router, RouterConfig, Stream, data_init, drln, effective, per_module, route_all
+from tinyonn_jax.learning import signals as surprise
+
+N, INPUTS, NEURONS = 11, 6, 7
+
+
+def config(match="cosine", cost="bias", select="relu", activation=True, isolate=True):
+    return spl.Config(INPUTS, RouterConfig(NEURONS, 0, match=match, cost=cost, select=select, isolate=isolate), activation)
+
+
+def layer(cfg, seed=0):
+    """Parameters far from their small initial values, so that nothing vanishes."""
+    params = base.init(jax.random.key(seed), spl.spec(cfg))
+    keys = iter(jax.random.split(jax.random.key(seed + 1), 9))
+    return jax.tree.map(lambda a: a + 0.3 * jax.random.normal(next(keys), a.shape), params)
+
+
+X = jax.random.normal(jax.random.key(9), (N, INPUTS))
+
+
+def by_hand(params, x, cfg):
+    """The seed's equations, one token and one neuron at a time."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    y = np.zeros((len(x), NEURONS))
+    for n, token in enumerate(np.asarray(x, np.float64)):
+        for o in range(NEURONS):
+            proto, gate = p.router.proto[o], p.router.gate[o]
+            norms = np.linalg.norm(token) * np.linalg.norm(proto) if cfg.router.match == "cosine" else np.sqrt(INPUTS)
+            value = token @ proto / norms
+            match cfg.router.cost:
+                case "linear":
+                    price = token @ gate
+                case "bias":
+                    price = gate
+                case _:
+                    price = gate / (np.max(np.abs(p.router.gate)) + 1)
+            u = token @ p.modules.mu[o] + p.modules.bias[o]
+            f = u / (1 + np.exp(-u)) if cfg.activation else u
+            logit = value - price
+            y[n, o] = f * (max(logit, 0) if cfg.router.select == "relu" else logit > 0)
+    return y
+
+
+@pytest.mark.parametrize("activation", [True, False])
+@pytest.mark.parametrize("select", ["relu", "hard"])
+@pytest.mark.parametrize("cost", ["bias", "bias_drln", "linear"])
+@pytest.mark.parametrize("match", ["cosine", "dot"])
+def test_the_seeds_equations(match, cost, select, activation):
+    cfg = config(match, cost, select, activation)
+    params = layer(cfg)
+    y, routing = spl.apply(params, X, cfg)
+    np.testing.assert_allclose(y, by_hand(params, X, cfg), atol=2e-6)
+    assert 0.1 < float(jnp.mean(routing.active)) < 0.9
+    np.testing.assert_array_equal(y == 0, ~routing.active)
+
+
+@pytest.mark.parametrize("select", ["relu", "hard"])
+def test_taps_are_the_gradients_of_every_token(select):
+    cfg = config(select=select)
+    params = layer(cfg)
+
+    def loss(params, tap, x):
+        y, routing = spl.apply(params, x, cfg, tap=tap)
+        return jnp.sum(jnp.sin(3 * y)), routing
+
+    routing = loss(params, None, X)[1]
+    (grads, tapped), _ = jax.grad(loss, (0, 1), has_aux=True)(params, tap.zeros(routing), X)
+    plain = jax.grad(lambda p: loss(p, None, X)[0])(params)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), grads, plain)
+    each = jax.vmap(lambda x: jax.grad(lambda p: loss(p, None, x[None])[0])(params).modules)(X)  # a gradient for every token
+    signals = surprise.read({"a": tapped}, {"a": routing})["a"]
+    np.testing.assert_allclose(signals.output, jnp.abs(each.bias), atol=1e-6)  # δ, of which the bias gradient is the sum
+    np.testing.assert_allclose(signals.param, jnp.linalg.norm(each.mu, axis=-1), atol=1e-6)
+    np.testing.assert_allclose(signals.module_param, jnp.linalg.norm(grads.modules.mu, axis=-1), rtol=1e-6)
+    assert set(surprise.summary(routing, signals)) >= {"gating_acc", "active_share", "load"}
+
+
+def test_per_token_cost_is_importance_renamed():
+    """The trap: over one token's neurons |δ|·‖x‖ normalises to |δ|, so that importance and cost cannot differ."""
+    cfg = config(select="hard")
+    params = layer(cfg)
+    routing = spl.apply(params, X, cfg)[1]
+    tapped = jax.grad(lambda t: jnp.sum(spl.apply(params, X, cfg, tap=t)[0] ** 3))(tap.zeros(routing))
+    s = surprise.read({"a": tapped}, {"a": routing})["a"]
+    np.testing.assert_allclose(drln(s.param), drln(s.output), atol=1e-6)
+    assert float(jnp.max(jnp.abs(drln(jnp.broadcast_to(s.module_param, s.output.shape)) - drln(s.output)))) > 0.1
+
+
+@pytest.mark.parametrize("select", ["relu", "hard"])
+@pytest.mark.parametrize("isolate", [True, False])
+def test_isolation(select, isolate):
+    """The main loss moves no router when isolated, and under hard gating never, for a step has no gradient."""
+    cfg = config(select=select, cost="linear", isolate=isolate)
+    grads = jax.grad(lambda p: jnp.sum(jnp.sin(spl.apply(p, X, cfg)[0])))(layer(cfg))
+    assert all(float(jnp.linalg.norm(g)) > 0 for g in jax.tree.leaves(grads.modules))
+    taught = not isolate and select == "relu"
+    assert all(bool(jnp.any(g != 0)) == taught for g in jax.tree.leaves(grads.router))
+
+
+def test_nothing_of_tokens_times_neurons_times_inputs_is_formed():
+    cfg = config()
+    params = layer(cfg)
+    routing = spl.apply(params, X, cfg)[1]
+    step = jax.grad(lambda p, t: jnp.sum(spl.apply(p, X, cfg, tap=t)[0] ** 2), (0, 1))
+    text = jax.jit(step).lower(params, tap.zeros(routing)).as_text()
+    assert f"{N}x{NEURONS}x" in text  # the pattern below would be found
+    assert not any(f"<{'x'.join(map(str, shape))}x" in text for shape in permutations((N, NEURONS, INPUTS)))
+
+
+def test_invalid_tokens_give_zero_and_only_relu_and_hard_select_neurons():
+    cfg = config()
+    valid = jnp.arange(N) % 2 == 0
+    y, routing = spl.apply(layer(cfg), X, cfg, valid=valid)
+    assert not y[1::2].any() and not routing.active[1::2].any() and y[::2].any()
+    assert per_module(jnp.ones((N, NEURONS)), routing).sum() == routing.active.sum()
+    with pytest.raises(ValueError, match="relu or hard"):
+        route_all(Router(X[:NEURONS], jnp.zeros(NEURONS)), X, RouterConfig(NEURONS, 2))
+
+
+def test_prototypes_from_data():
+    cfg = config()
+    params = layer(cfg)
+    routing = spl.apply(params, X, cfg, valid=jnp.arange(N) < 4)[1]
+    proto = data_init(params.router, routing, jax.random.key(0)).proto
+    assert all(any(np.array_equal(p, x) for x in X[:4]) for p in proto)
+
+
+def test_prototype_streams_by_hand():
+    """Each layer's prototypes are refined from the refined ones before; the first layer's are its own."""
+    rng = np.random.default_rng(0)
+    proto, w = rng.normal(size=(3, NEURONS, INPUTS)), rng.normal(size=(2, INPUTS, INPUTS))
+    scale, bias = rng.normal(size=(2, INPUTS)), rng.normal(size=(2, INPUTS))
+    made = effective(Router(jnp.asarray(proto), jnp.zeros((3, NEURONS)), Stream(*map(jnp.asarray, (w, scale, bias)))))
+    expected = [proto[0]]
+    for step in range(2):
+        h = expected[-1] @ w[step]
+        h = (h - h.mean(-1, keepdims=True)) / h.std(-1, keepdims=True)
+        expected.append(proto[step + 1] + h * scale[step] + bias[step])
+    np.testing.assert_allclose(made.proto, expected, atol=1e-4)
+    assert made.stream is None and effective(made) is made
+
+
+def test_moie_is_two_spls():
+    cfg = moie.Config(INPUTS, 9, config().router)
+    params = base.init(jax.random.key(0), moie.spec(cfg))
+    params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params)
+    y, routings = moie.apply(params, X, cfg)
+    hidden, _ = spl.apply(params.first, X, cfg.first)
+    expected, _ = spl.apply(params.second, hidden, cfg.second)
+    np.testing.assert_array_equal(y, expected)
+    assert set(routings) == {"first", "second"}
+    assert routings["first"].logits.shape == (N, 9) and routings["second"].logits.shape == (N, INPUTS)
+
+
+@pytest.mark.parametrize("output", [True, False])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_dynsiha_is_attention_of_spl_projections_and_causal(heads, output):
+    d, t = 12, 5
+    cfg = dynsiha.Config(d, heads, replace(config().router, modules=d), output)
+    params = base.init(jax.random.key(0), dynsiha.spec(cfg))
+    params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params)
+    x = jax.random.normal(jax.random.key(1), (1, t, d))
+    y, routings, cache = dynsiha.apply(params, x, cfg)
+    assert y.shape == x.shape and cache is None
+    assert list(routings) == ["q", "k", "v", "o"][: 3 + output]
+    reach = jax.jacobian(lambda x: dynsiha.apply(params, x, cfg)[0][0].sum(-1))(x)[:, 0]  # [T,T,D]
+    reach = jnp.abs(reach).sum(-1) > 0
+    assert not reach[jnp.triu_indices(t, 1)].any() and reach[jnp.tril_indices(t)].all()

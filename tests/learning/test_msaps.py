@@ -1,0 +1,184 @@
+"""M-SAPS part by part: directions, quantiles, clusters, protection, decay, gate regression, rebirth."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinyonn_jax.layers import base, spl
+from tinyonn_jax.layers.routing import RouterConfig
+from tinyonn_jax.learning.msaps import (
+    BORN,
+    Parts,
+    anchors,
+    cosine,
+    masked_quantile,
+    mean_norm,
+    msaps,
+    protection,
+    shape_layer,
+    signs,
+)
+from tinyonn_jax.learning.rule import MetaState
+from tinyonn_jax.learning.signals import Signals
+
+N, D, M = 24, 5, 6
+
+
+def setup(cost="bias", seed=0, modules=M, x=None):
+    """A layer of `modules` neurons on N tokens, with a surprise of its own for each: 0, 1, 2, …"""
+    cfg = spl.Config(D, RouterConfig(modules, 0, cost=cost, select="hard"))
+    params = base.init(jax.random.key(seed), spl.spec(cfg))
+    params = params.replace(router=params.router.replace(proto=jax.random.normal(jax.random.key(seed + 1), (modules, D))))
+    x = jax.random.normal(jax.random.key(seed + 2), (N, D)) if x is None else x
+    routing = spl.apply(params, x, cfg)[1]
+    zero = jnp.zeros(routing.weight.shape)
+    surprise = jnp.arange(float(modules))
+    return params, routing, Signals(zero, zero, zero, surprise, surprise)
+
+
+def state(params, accuracy=0.0, rate=0.5):
+    modules = params.router.proto.shape[0]
+    return MetaState({"": jnp.zeros(modules)}, jnp.float32(accuracy), {"": jnp.full(modules, rate)})
+
+
+def objective(parts, params, routing, signals):
+    rule = msaps(parts)
+    return lambda router: rule.objective({"": router}, {"": routing}, {"": signals}, state(params))[0]
+
+
+def test_masked_quantile_is_numpys():
+    rng = np.random.default_rng(0)
+    values, mask = rng.normal(size=(4, 9)), rng.random((4, 9)) < 0.6
+    q = np.array([0.0, 0.3, 0.71, 1.0])
+    expected = [np.quantile(v[k], level) for v, k, level in zip(values, mask, q, strict=True)]
+    np.testing.assert_allclose(masked_quantile(values, mask, q), expected, rtol=1e-5)
+    assert np.isinf(masked_quantile(values[0], np.zeros(9, bool), q[1]))
+
+
+def test_signs_by_hand():
+    surprise, active = jnp.array([5.0, 1, 3, 2, 4, 0]), jnp.array([1, 1, 1, 1, 1, 0], bool)
+    assert signs(surprise, active, jnp.float32(0.25)).tolist() == [1, -1, 0, 0, 0, 0]  # quartiles of 1…5 are 2 and 4
+    assert signs(surprise, active, jnp.float32(0.9)).tolist() == [1, -1, 0, -1, 1, 0]  # counted as one half: the median
+
+
+def test_a_step_moves_good_prototypes_towards_their_anchors_and_bad_ones_away():
+    params, routing, signals = setup()
+    anchor, count = anchors(routing)
+    sign = shape_layer(params.router, routing, signals)["sign"]
+    assert {-1.0, 1.0} <= set(sign.tolist()) and (count > 0).all()
+    gradient = jax.grad(objective(Parts(regress=False), params, routing, signals))(params.router)
+    before = cosine(params.router.proto, anchor)
+    after = cosine(params.router.proto - 0.01 * gradient.proto, anchor)
+    np.testing.assert_array_equal(jnp.sign(jnp.round(after - before, 6)), -sign)
+    assert not gradient.gate.any()
+
+
+def test_proto_surprise_is_the_norm_of_the_prototype_gradient():
+    params, routing, signals = setup()
+    gradient = jax.grad(objective(Parts(regress=False), params, routing, signals))(params.router)
+    shaped = shape_layer(params.router, routing, replace(signals, module_param=jnp.arange(M) * 1e-9))
+    norm = jnp.linalg.norm(gradient.proto, axis=-1)
+    np.testing.assert_allclose(shaped["total"], norm / norm.max(), atol=1e-5)
+
+
+def cluster_run(local: bool):
+    """Four prototypes on two clusters of inputs, all good; cosine of each prototype with both centres after 60 steps."""
+    centres = jnp.array([[1.0, 0, 0, 0, 0], [0, 1.0, 0, 0, 0]])
+    x = jnp.repeat(centres, N // 2, 0) + 0.05 * jax.random.normal(jax.random.key(0), (N, D))
+    proto = jnp.repeat(centres, 2, 0) + 0.2 * jax.random.normal(jax.random.key(1), (4, D))
+    cfg = spl.Config(D, RouterConfig(4, 0, select="hard"))
+    params = base.init(jax.random.key(2), spl.spec(cfg))
+    gate = jnp.full(4, 0.5)
+    for _ in range(60):
+        routing = spl.apply(params.replace(router=params.router.replace(proto=proto, gate=gate)), x, cfg)[1]
+        anchor = anchors(routing)[0] if local else jnp.broadcast_to(x.mean(0), (4, D))
+        proto = proto + 0.1 * jax.grad(lambda p: jnp.sum(cosine(p, anchor)))(proto)  # noqa: B023
+    return cosine(proto[:, None], jnp.broadcast_to(centres, (4, 2, D)))
+
+
+def test_local_anchors_separate_two_clusters_and_one_global_anchor_does_not():
+    apart = cluster_run(local=True)
+    assert jnp.argmax(apart, -1).tolist() == [0, 0, 1, 1] and (apart.max(-1) - apart.min(-1)).min() > 0.6
+    together = cluster_run(local=False)
+    assert (together.max(-1) - together.min(-1)).max() < 0.3
+
+
+def test_protected_prototypes_move_less_also_among_thousands():
+    size = jnp.linspace(0, 1, 4000)
+    held = protection(size, jnp.float32(0), 0.5)
+    assert held[0] == 1 and float(held[-1]) == pytest.approx(np.exp(-2), rel=1e-4) and (jnp.diff(held) <= 0).all()
+    assert (protection(size, jnp.float32(0.9), 0.5)[1:] < held[1:]).all()  # τ falls with accuracy
+    assert len(set(protection(jnp.zeros(9), jnp.float32(0), 0.5).tolist())) == 1  # no order among equals
+
+    params, _, _ = setup()
+    params = params.replace(router=params.router.replace(gate=jnp.linspace(0, 1, M)))
+    grads = jax.tree.map(jnp.ones_like, params)
+    after = msaps(Parts(l2=0.0)).adjust(grads, params, {}, {}, state(params))
+    moved = jnp.linalg.norm(after.router.proto, axis=-1)
+    assert moved[0] == 0 and (jnp.diff(moved) > 0).all()
+    assert after.modules is grads.modules
+    assert msaps(Parts(l2=0.0, protect=False)).adjust(grads, params, {}, {}, state(params)).router.proto is grads.router.proto
+
+
+def test_adaptive_decay_grows_with_the_norms_and_shrinks_them():
+    params, _, _ = setup()
+    rule = msaps(Parts(protect=False, l2=0.01))
+
+    def pull(scale):
+        scaled = jax.tree.map(lambda a: scale * a, params)
+        return scaled, rule.adjust(jax.tree.map(jnp.zeros_like, params), scaled, {}, {}, state(params))
+
+    for scale in (1.0, 3.0):
+        scaled, after = pull(scale)
+        expected = 2 * 0.01 * mean_norm(scaled)
+        np.testing.assert_allclose(after.router.proto, expected * scaled.router.proto, rtol=1e-5)
+        np.testing.assert_allclose(after.modules.mu, expected * scaled.modules.mu, rtol=1e-5)
+        shrunk = jax.tree.map(lambda a, g: a - 0.1 * g, scaled, after)
+        assert mean_norm(shrunk) < mean_norm(scaled)
+    assert float(mean_norm(pull(3.0)[0]) / mean_norm(params)) == pytest.approx(3, rel=1e-5)
+
+
+@pytest.mark.parametrize("cost", ["linear", "bias"])
+def test_gates_learn_to_predict_a_fixed_surprise(cost):
+    params, routing, signals = setup(cost)
+    if cost == "linear":  # a constant can be regressed only where the inputs have one: give them a constant channel
+        routing = replace(routing, input=routing.input.at[:, 0].set(1.0))
+    loss = jax.jit(jax.value_and_grad(objective(Parts(attract=False), params, routing, signals)))
+    router, first = params.router, None
+    for _ in range(300):
+        value, gradient = loss(router)
+        first = value if first is None else first
+        router = router.replace(gate=router.gate - 0.5 * gradient.gate)
+        assert not gradient.proto.any()
+    assert loss(router)[0] < first / 10
+
+
+def test_the_dead_are_reborn_near_the_living():
+    params, _, _ = setup()
+    rule = msaps(Parts(renew=0.01))
+    meta = replace(state(params), rule={"": jnp.array([0.5, 0.2, 0.0, 0.3, 0.009, 0.01])})
+    after, new, dead = rule.renew(params, meta, jax.random.key(0))
+    assert dead[""].tolist() == [False, False, True, False, True, False]
+    kept = ~np.array(dead[""])
+    np.testing.assert_array_equal(after.router.proto[kept], params.router.proto[kept])
+    living = params.router.proto[kept]
+    centroid, spread = living.mean(0), jnp.sqrt(((living - living.mean(0)) ** 2).mean())
+    distance = jnp.linalg.norm(after.router.proto[~kept] - centroid, axis=-1)
+    assert (distance > 0).all() and (distance < 2 * spread * D**0.5).all()
+    assert new.rule[""][2] == BORN and new.rule[""][1] == pytest.approx(0.2)
+    nobody = replace(meta, rule={"": jnp.zeros(M)})
+    np.testing.assert_array_equal(rule.renew(params, nobody, jax.random.key(0))[0].router.proto, params.router.proto)
+    assert msaps(Parts(renew=0.0)).renew is None
+
+
+def test_every_part_can_be_switched_off():
+    params, routing, signals = setup("linear")
+    off = Parts(attract=False, regress=False, protect=False, l2=0.0, renew=0.0)
+    gradient = jax.grad(objective(off, params, routing, signals))(params.router)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+    grads = jax.tree.map(jnp.ones_like, params)
+    after = msaps(off).adjust(grads, params, {}, {}, state(params))
+    jax.tree.map(np.testing.assert_array_equal, after, grads)

@@ -1,0 +1,133 @@
+"""Routed neurons in the whole network: isolation, prototype streams, and prototypes that are made anew in a train step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.models import tiny
+from tinyonn_jax.config import Config, LearningConfig
+from tinyonn_jax.layers import base, spl, tap
+from tinyonn_jax.layers.routing import RouterConfig
+from tinyonn_jax.learning import sars
+from tinyonn_jax.learning import signals as surprise
+from tinyonn_jax.learning.rule import layers
+from tinyonn_jax.models import transformer
+from tinyonn_jax.training.objective import make_loss, make_rule
+from tinyonn_jax.training.optim import names
+from tinyonn_jax.training.state import TrainState
+from tinyonn_jax.training.step import gradients, make_train_step
+
+BATCH = tiny.batch()
+ROLES = ["attention.q", "attention.k", "attention.v", "attention.o", "feedforward.first", "feedforward.second"]
+
+
+def setup(kind, rule, **changes):
+    config = Config(model=tiny.config(kind, depth=3, recursed=False, **changes), learning=LearningConfig(rule=rule))
+    learning = make_rule(config)
+    loss, params = make_loss(config, learning), tiny.params(config.model)
+    meta = learning.init(params, jax.eval_shape(loss, params, None, BATCH)[1].routings)
+    return loss, learning, params, meta
+
+
+@pytest.mark.parametrize("rule", ["sars", "msaps"])
+@pytest.mark.parametrize("kind", ["dfc", "dfc_hard"])
+def test_isolation_and_every_router_parameter_learns(kind, rule):
+    """The main loss gives every router exactly nothing and every neuron something; the meta loss the other way round."""
+    loss, learning, params, meta = setup(kind, rule)
+    assert [name.removeprefix("block.") for name in layers(params)] == ROLES
+    main = jax.jit(jax.grad(lambda p: loss(p, None, BATCH)[0]))(params)
+    both, *_ = jax.jit(lambda p: gradients(loss, learning, p, meta, BATCH))(params)
+    for (path, of_main), of_both in zip(jax.tree_util.tree_leaves_with_path(main), jax.tree.leaves(both), strict=True):
+        words = names(path)
+        if "router" in words:
+            assert not of_main.any(), words
+            for layer in of_both:  # each of the stacked ones; of streams those that join two layers
+                assert layer.any(), words
+        elif rule == "sars":
+            np.testing.assert_allclose(of_main, of_both, rtol=1e-5, atol=1e-6)
+
+
+def test_streams_join_layers_of_one_role_only():
+    """The prototypes of one role have no say in the routing of any other before activations meet: q does not see k's stream."""
+    _, _, params, _ = setup("dfc_hard", "sars")
+    attention = params.block.attention
+    moved = attention.k.replace(router=attention.k.router.replace(proto=attention.k.router.proto.at[0].add(1.0)))
+    refined = transformer._refined(params.block).attention
+    other = transformer._refined(params.block.replace(attention=attention.replace(k=moved))).attention
+    np.testing.assert_array_equal(refined.q.router.proto, other.q.router.proto)
+    assert all(jnp.any(a != b) for a, b in zip(refined.k.router.proto, other.k.router.proto, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{"prc": False}, {"recursed": True}], ids=str)
+def test_no_streams_without_a_stack(changes):
+    spec = transformer.spec(tiny.config("dfc", **{"recursed": False, **changes}), 1)
+    assert all(layer.router.stream is None for layer in layers(spec).values())
+
+
+@pytest.mark.parametrize("granularity", ["module", "token"])
+def test_few_neurons_are_stuck_after_50_steps_of_normalised_gates(granularity):
+    """The trap of a gate divided by its own tiny size: its gradient at zero is bounded, and a step does not decide neurons."""
+    n, size, neurons = 128, 16, 64
+    cfg = spl.Config(size, RouterConfig(neurons, 0, cost="bias_drln", select="hard"))
+    params = base.init(jax.random.key(0), spl.spec(cfg))
+    x, target = jax.random.normal(jax.random.key(1), (2, n, max(size, neurons)))
+    x = x[:, :size]
+    rule, tx = sars(granularity), optax.adam(3e-3)
+
+    def loss(params, tap):
+        y, routing = spl.apply(params, x, cfg, tap=tap)
+        return jnp.mean((y - target) ** 2), routing
+
+    def decided(params):
+        """Neurons that are on for all tokens or for none."""
+        on = spl.apply(params, x, cfg)[1].active.mean(0)
+        return int(jnp.sum((on == 0) | (on == 1)))
+
+    @jax.jit
+    def step(params, opt):
+        routing = loss(params, None)[1]
+        tapped = jax.grad(loss, 1, has_aux=True)(params, tap.zeros(routing))[0]
+        signals = surprise.read({"": tapped}, {"": routing})
+        grads = jax.grad(lambda r: rule.objective({"": r}, {"": routing}, signals, None)[0])(params.router)
+        updates, opt = tx.update(grads, opt)
+        return params.replace(router=optax.apply_updates(params.router, updates)), opt, jnp.abs(grads.gate).max()
+
+    opt = tx.init(params.router)
+    for i in range(50):
+        params, opt, largest = step(params, opt)
+        if i == 0:
+            assert decided(params) == 0 and 0 < largest < 1
+    assert decided(params) < neurons / 10
+
+
+def test_a_step_renews_dead_prototypes_with_their_moments_and_average():
+    loss, learning, params, meta = setup("dfc", "msaps")
+    tx = optax.adam(1e-2)
+    state = TrainState.create(params, tx, meta)
+    dirty = jax.tree.map(lambda a: a + 1.0 if a.dtype == jnp.float32 else a, (state.opt_state, state.ema))
+    name = "block.feedforward.first"
+    rates = {**meta.rule, name: meta.rule[name].at[1, 3].set(0.0)}  # a rate of zero, and no token for a while
+    meta = dataclasses.replace(meta, rule=rates)
+    state = state.replace(meta=meta, opt_state=dirty[0], ema=dirty[1])
+    gate = layers(params)[name].router.gate.at[1, 3].set(0.0)
+    proto = layers(params)[name].router.proto
+    block = params.block
+    first = block.feedforward.first
+    far = first.replace(router=first.router.replace(gate=gate, proto=proto.at[1, 3].set(proto[1, 2])))
+    params = params.replace(block=block.replace(feedforward=block.feedforward.replace(first=far)))
+    state = state.replace(params=jax.tree.map(jnp.copy, params))
+    rule = learning._replace(update=lambda meta, *_: meta)  # this neuron stays dead whatever the batch does
+    new, _ = make_train_step(loss, rule, tx, ema=0.9)(state, BATCH)
+    adam = new.opt_state[0]
+    made = layers(new.params)[name].router.proto[1]
+    for tree in (adam.mu, adam.nu):
+        rows = layers(tree)[name].router.proto
+        assert not rows[1, 3].any() and rows[1, 2].any() and rows[0, 3].any()
+    np.testing.assert_array_equal(layers(new.ema)[name].router.proto[1, 3], made[3])
+    assert jnp.any(layers(new.ema)[name].router.proto[1, 2] != made[2])
+    assert new.meta.rule[name][1, 3] == 0.5
+    assert float(jnp.linalg.norm(made[3] - made.mean(0))) < 3 * float(jnp.std(made)) * made.shape[1] ** 0.5

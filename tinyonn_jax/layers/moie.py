@@ -1,0 +1,62 @@
+"""MoIE, mixture of infinite experts: a feed-forward layer of two SPLs, each routed on its own.
+
+    y = SPL₂(SPL₁(x)),  D → F → D
+
+The neurons that a token switches on in both layers are its expert; there are as many as there are subsets of neurons.
+Letters: N tokens, D model, F hidden neurons. Source: seed 0 ("MoIE & DynSIHA").
+"""
+
+from dataclasses import dataclass, replace
+
+import flax.struct
+from jaxtyping import Array, Bool, Float
+
+from tinyonn_jax.layers import routing, spl
+from tinyonn_jax.layers.tap import Tap
+
+
+@dataclass(frozen=True)
+class Config:
+    """Width D, hidden neurons F, and how both layers route (`router.modules` is set by each)."""
+
+    dim: int
+    hidden: int
+    router: routing.RouterConfig
+
+    @property
+    def first(self) -> spl.Config:
+        """D → F, with activation."""
+        return spl.Config(self.dim, replace(self.router, modules=self.hidden))
+
+    @property
+    def second(self) -> spl.Config:
+        """F → D, linear neurons."""
+        return spl.Config(self.hidden, replace(self.router, modules=self.dim), activation=False)
+
+
+@flax.struct.dataclass
+class Params:
+    """The two SPLs (seed: ffn_spl1, ffn_spl2)."""
+
+    first: spl.Params
+    second: spl.Params
+
+
+def spec(cfg: Config) -> Params:
+    """The parameters of a MoIE layer, as `Param`s."""
+    return Params(spl.spec(cfg.first), spl.spec(cfg.second))
+
+
+def apply(
+    params: Params,
+    x: Float[Array, "N D"],
+    cfg: Config,
+    *,
+    valid: Bool[Array, " N"] | None = None,
+    tap: dict[str, Tap] | None = None,
+) -> tuple[Float[Array, "N D"], dict[str, routing.Routing]]:
+    """The layer on x; routings (and taps) by role, `first` and `second`."""
+    tap = tap or {}
+    hidden, first = spl.apply(params.first, x, cfg.first, valid=valid, tap=tap.get("first"))
+    y, second = spl.apply(params.second, hidden, cfg.second, valid=valid, tap=tap.get("second"))
+    return y, {"first": first, "second": second}

@@ -1,0 +1,197 @@
+"""M-SAPS, memory-surprise-aware prototype shaping: prototypes of calm modules move towards the tokens they serve, those of
+surprised ones away; gates learn to predict surprise.
+
+    good: s_m < quantile_a(s), sign −1;   bad: s_m > quantile_{1−a}(s), sign +1     over active modules, a = activation rate
+    L_proto = Σ_m sign_m · cos(p_m, anchor_m)          anchor_m = mean of the inputs that activated m in this batch
+    L_gate  = mean (x_n·gate_m − S_m)²                 S = DRLN(mu surprise + proto surprise), the Total Surprise
+    proto gradient *= 1 − protection                   of the modules with the smallest gates (endogenous ranking)
+    L += λ (Σ‖p‖² + Σ‖mu‖²)                             λ = λ0 · mean norm of all p and mu
+    dead prototypes start again near the centroid of the living
+
+Letters: N tokens, M modules, D model; a leading axis of recursions or layers. Source: seed 0; MECHANISMS §6.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Array, Bool, Float
+
+from tinyonn_jax.layers.routing import EPS, Router, Routing, drln, effective, per_module
+from tinyonn_jax.learning.rule import LearningRule, initial, layers, part, record, replace_layer, routers
+from tinyonn_jax.learning.signals import Signals
+
+BORN = 0.5
+"""Activation rate that a new prototype starts with, so that it is not taken for dead before it could show."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of M-SAPS, each of which can be switched off.
+
+    `attract` prototype loss; `regress` gate loss; `protect` protection, at `temperature` τ0 (smaller protects fewer modules);
+    `l2` λ0 of the adaptive decay (0: none); `renew` re-initialises modules whose activation rate, averaged over about 100 steps,
+    is below this (0: never).
+    """
+
+    attract: bool = True
+    regress: bool = True
+    protect: bool = True
+    temperature: float = 0.5
+    l2: float = 1e-4
+    renew: float = 1e-4
+
+
+def masked_quantile(values: Float[Array, "*R M"], mask: Bool[Array, "*R M"], q: Float[Array, "*R"]) -> Float[Array, "*R"]:
+    """The q-quantile of the values under a mask, linearly interpolated; infinite where the mask is empty."""
+    ordered = jnp.sort(jnp.where(mask, values, jnp.inf), -1)
+    at = q * jnp.maximum(jnp.sum(mask, -1) - 1, 0)
+    low = jnp.floor(at).astype(jnp.int32)
+    high = jnp.minimum(low + 1, jnp.maximum(jnp.sum(mask, -1) - 1, 0))
+    a, b = (jnp.take_along_axis(ordered, i[..., None], -1)[..., 0] for i in (low, high))
+    return a + jnp.where(high > low, (b - a) * (at - low), 0)
+
+
+def signs(surprise: Float[Array, "*R M"], active: Bool[Array, "*R M"], rate: Float[Array, "*R"]) -> Float[Array, "*R M"]:
+    """−1 good (attract), +1 bad (repel), 0 between or idle. The rate counts up to one half, where good and bad meet."""
+    rate = jnp.minimum(rate, 0.5)
+    low, high = (masked_quantile(surprise, active, q)[..., None] for q in (rate, 1 - rate))
+    return jnp.where(active, (surprise > high).astype(jnp.float32) - (surprise < low), 0.0)
+
+
+def anchors(routing: Routing) -> tuple[Float[Array, "*R M D"], Float[Array, "*R M"]]:
+    """The mean input of the tokens that activated each module, and how many they are."""
+    used = per_module(jnp.ones_like(routing.weight), routing)
+    count = jnp.sum(used, -2)
+    total = jnp.einsum("...nm,...nd->...md", used, routing.input.astype(jnp.float32))
+    return stop_gradient(total / jnp.maximum(count, 1)[..., None]), count
+
+
+def cosine(p: Float[Array, "*R M D"], anchor: Float[Array, "*R M D"]) -> Float[Array, "*R M"]:
+    """cos(p_m, anchor_m)."""
+    unit = lambda v: v * jax.lax.rsqrt(jnp.sum(v * v, -1, keepdims=True) + EPS**2)  # noqa: E731
+    return jnp.sum(unit(p) * unit(anchor), -1)
+
+
+def protection(size: Float[Array, "*L M"], accuracy: Array, temperature: float) -> Float[Array, "*L M"]:
+    """How much of each prototype's gradient is held back, in (0, 1], by the `size` of gates; all of it for the smallest.
+
+    softmax(rank / τ) over a layer's modules divided by its largest, so that it acts at any number of modules. A rank is the share
+    of modules with a larger gate, so equal gates are protected equally; τ = τ0·(1 − accuracy) falls as the network gets better.
+    """
+    larger = jnp.sum(size[..., None, :] > size[..., None], -1)
+    rank = larger / max(size.shape[-1] - 1, 1)
+    return jnp.exp((rank - 1) / jnp.maximum(temperature * (1 - accuracy), 1e-3))
+
+
+def gate_size(router: Router) -> Float[Array, "*L M"]:
+    """|gate| of each module, or the norm of its row where the gate is a regression."""
+    return jnp.linalg.norm(router.gate, axis=-1) if router.gate.ndim == router.proto.ndim else jnp.abs(router.gate)
+
+
+def shape_layer(router: Router, routing: Routing, signals: Signals) -> dict[str, Any]:
+    """One layer's losses and what they are made of: `proto`, `gate` losses; `sign`, `total` surprise, `rate` of activation."""
+    router = effective(router)
+    anchor, count = anchors(routing)
+    valid = jnp.maximum(jnp.sum(routing.valid, -1), 1)
+    rate = jnp.sum(count, -1) / (valid * count.shape[-1])
+    sign = stop_gradient(signs(signals.module_param, count > 0, rate))
+    match = cosine(router.proto, anchor)
+    norm = jnp.linalg.norm(router.proto, axis=-1) + EPS
+    proto_surprise = jnp.abs(sign) * jnp.sqrt(jnp.maximum(1 - match**2, 0)) / norm  # ‖d(sign·cos)/dp‖
+    total = stop_gradient(drln(signals.module_param + proto_surprise))
+    if routing.config.cost == "linear":
+        x = stop_gradient(routing.input.astype(jnp.float32))
+        error = jnp.einsum("...nd,...md->...nm", x, router.gate) - total[..., None, :]
+        gate = jnp.sum(jnp.where(routing.valid[..., None], error**2, 0)) / (jnp.sum(valid) * error.shape[-1])
+    else:
+        gate = jnp.mean((router.gate - total) ** 2)
+    return {"proto": jnp.sum(sign * match), "gate": gate, "sign": sign, "total": total, "rate": count / valid[..., None]}
+
+
+def msaps(parts: Parts = Parts()) -> LearningRule:
+    """The M-SAPS learning rule, for any routed layer. Its state `MetaState.rule` holds each module's activation rate by layer."""
+
+    def init(params, routings):
+        meta = initial(params, routings)
+        return replace(meta, rule={name: jnp.full_like(total, BORN) for name, total in meta.records.items()})
+
+    def objective(routers, routings, signals, meta):
+        loss, proto, gate, per_layer = jnp.float32(0), jnp.float32(0), jnp.float32(0), {}
+        for name, routing in routings.items():
+            shaped = shape_layer(routers[name], routing, signals[name])
+            proto, gate = proto + shaped["proto"], gate + shaped["gate"]
+            per_layer[name] = {
+                "good_share": jnp.mean(shaped["sign"] < 0),
+                "bad_share": jnp.mean(shaped["sign"] > 0),
+                "idle_share": jnp.mean(shaped["sign"] == 0),
+                "goodness": -_flat(shaped["sign"]).mean(0),
+            }
+        if parts.attract:
+            loss = loss + proto
+        if parts.regress:
+            loss = loss + gate
+        return loss, {"loss_proto": proto, "loss_gate": gate / max(len(routings), 1), "layers": per_layer}
+
+    def adjust(grads, params, routings, signals, meta):
+        decay = parts.l2 * mean_norm(params)
+        for name, layer in layers(params).items():
+            router, gradient = part(layer, "router"), part(layers(grads)[name], "router")
+            d_proto = gradient.proto
+            if parts.protect:
+                d_proto = d_proto * (1 - protection(gate_size(router), meta.accuracy, parts.temperature))[..., None]
+            if parts.l2:
+                d_proto = d_proto + 2 * decay * router.proto
+                modules = jax.tree.map(
+                    lambda g, w: g + 2 * decay * w, part(layers(grads)[name], "modules"), part(layer, "modules")
+                )
+                grads = replace_layer(grads, f"{name}.modules".lstrip("."), modules)
+            grads = replace_layer(grads, f"{name}.router".lstrip("."), gradient.replace(proto=d_proto))
+        return grads
+
+    def update(meta, routings, signals, metrics):
+        new = record(meta, routings, signals, metrics)
+        rates = {}
+        for name, rate in meta.rule.items():
+            routing = routings[name]
+            now = jnp.sum(per_module(jnp.ones_like(routing.weight), routing), -2)
+            now = now / jnp.maximum(jnp.sum(routing.valid, -1), 1)[..., None]
+            rates[name] = 0.99 * rate + 0.01 * (now if now.ndim == rate.ndim else now.mean(0))
+        return replace(new, rule=rates)
+
+    def renew(params, meta, key):
+        dead, rates = {}, {}
+        for name, router in routers(params).items():
+            rate = meta.rule[name]
+            dead[name] = rate < parts.renew
+            proto = reborn(router.proto, dead[name], jax.random.fold_in(key, len(rates)))
+            params = replace_layer(params, f"{name}.router".lstrip("."), router.replace(proto=proto))
+            rates[name] = jnp.where(dead[name], BORN, rate)
+        return params, replace(meta, rule=rates), dead
+
+    return LearningRule(init, objective, adjust, update, renew=renew if parts.renew else None)
+
+
+def mean_norm(params: Any) -> Array:
+    """The mean norm of all prototypes and of all rows of module matrices."""
+    norms = []
+    for layer in layers(params).values():
+        rows = [part(layer, "router").proto, *(w for w in jax.tree.leaves(part(layer, "modules")) if w.ndim > 1)]
+        norms += [jnp.linalg.norm(row, axis=-1).ravel() for row in rows]
+    return jnp.mean(jnp.concatenate(norms)) if norms else jnp.float32(0)
+
+
+def reborn(proto: Float[Array, "*L M D"], dead: Bool[Array, "*L M"], key: Array) -> Float[Array, "*L M D"]:
+    """Dead prototypes near the centroid of the living ones, at half the spread of these around it; as they are if none lives."""
+    alive = ~dead[..., None]
+    count = jnp.maximum(jnp.sum(alive, -2, keepdims=True), 1)
+    centroid = jnp.sum(jnp.where(alive, proto, 0), -2, keepdims=True) / count
+    spread = jnp.sqrt(jnp.sum(jnp.where(alive, (proto - centroid) ** 2, 0), (-2, -1), keepdims=True) / (count * proto.shape[-1]))
+    fresh = centroid + 0.5 * spread * jax.random.normal(key, proto.shape)
+    return jnp.where(alive | ~jnp.any(alive, -2, keepdims=True), proto, fresh)
+
+
+def _flat(values: Float[Array, "*R M"]) -> Float[Array, "R M"]:
+    return values.reshape(-1, values.shape[-1])
