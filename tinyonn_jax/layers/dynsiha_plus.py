@@ -89,6 +89,6 @@ def apply(
     q = linear.project(tokens, params.modules.w_q.astype(x.dtype), chosen, tap).reshape(b, t, -1, cfg.head_dim)
     k, v = ((tokens @ w.astype(x.dtype)).reshape(b, t, -1, cfg.head_dim) for w in (params.w_k, params.w_v))
     o, cache = attention.attend(q, k, v, where, cache)
-    heads = o.reshape(*chosen.index.shape, cfg.head_dim)
+    heads = o.reshape(*chosen.weight.shape, cfg.head_dim)
     y = linear.merge(heads, params.modules.w_o.astype(x.dtype), chosen, tap)
     return y.reshape(x.shape), chosen, cache

@@ -66,11 +66,11 @@ def routed_mlp(
     params: Mlp, x: Float[Array, "N D"], routing: Routing, gated: bool, tap: taps.Tap | None = None
 ) -> Float[Array, "N D"]:
     """y_n = Σ_k weight_nk · f_{index_nk}(x_n) over a library of E expert MLPs (§3), fused."""
-    plan = grouped.plan(routing.index, routing.active, params.w_in.shape[0])
+    plan = grouped.plan(routing.slots, routing.active, params.w_in.shape[0])
     row_tap = grouped_tap(tap, plan)
     h = grouped.matmul(grouped.dispatch(x, plan), params.w_in.astype(x.dtype), plan.sizes, row_tap)
     f = grouped.matmul(activate(h, gated), params.w_out.astype(x.dtype), plan.sizes, row_tap)
-    f = grouped.permute(f, plan.inverse, plan.order).reshape(*routing.index.shape, -1)  # [N,K,D]
+    f = grouped.permute(f, plan.inverse, plan.order).reshape(*routing.weight.shape, -1)  # [N,K,D]
     return taps.combine(f, routing.weight, tap)
 
 
@@ -111,7 +111,7 @@ def _routed_bwd(f, saved, g):
 
     y, d_params, d_x = jax.vmap(one_module, (0, 1))(params, w)
     inner = jnp.einsum("mnd,nd->nm", y, g, preferred_element_type=jnp.float32)
-    d_weight = jnp.take_along_axis(inner, routing.index, -1) * routing.active
+    d_weight = jnp.take_along_axis(inner, routing.slots, -1) * routing.active
     if tap is None:
         return d_params, d_x.sum(0), d_weight, None, None
 
@@ -127,7 +127,7 @@ def _routed_bwd(f, saved, g):
     d_tap = taps.Tap(
         output=jnp.square(weight) * norm,
         attribution=jnp.square(weight * d_weight),
-        param=jnp.take_along_axis(per_token, routing.index, -1) * routing.active,
+        param=jnp.take_along_axis(per_token, routing.slots, -1) * routing.active,
         module=jax.vmap(_squared)(d_params),
     )
     return d_params, d_x.sum(0), d_weight, None, d_tap

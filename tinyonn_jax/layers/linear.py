@@ -22,10 +22,10 @@ from tinyonn_jax.layers.routing import Routing
 
 def project(x: Float[Array, "N I"], w: Float[Array, "M I O"], routing: Routing, tap: taps.Tap | None) -> Float[Array, "N K O"]:
     """Every slot's map of its token; idle slots give zero. Of the tap, `param` and `module` are filled."""
-    slots, modules = routing.index.shape[1], w.shape[0]
+    slots, modules = routing.weight.shape[1], w.shape[0]
     if modules <= 4 * slots:
-        return _dense_project(routing.config.groups, x, w, routing.index, routing.active, tap)
-    plan = grouped.plan(routing.index, routing.active, modules)
+        return _dense_project(routing.config.groups, x, w, routing.slots, routing.active, tap)
+    plan = grouped.plan(routing.slots, routing.active, modules)
     rows = grouped.matmul(grouped.dispatch(x, plan), w, plan.sizes, grouped_tap(tap, plan))
     return grouped.permute(rows, plan.inverse, plan.order).reshape(-1, slots, w.shape[2])
 
@@ -34,8 +34,8 @@ def merge(x: Float[Array, "N K I"], w: Float[Array, "M I O"], routing: Routing, 
     """The weighted sum of every slot's map of its own vector. All of the tap is filled."""
     _, slots, size = x.shape
     if w.shape[0] <= 4 * slots:
-        return _dense_merge(routing.config.groups, x, w, routing.weight, routing.index, routing.active, tap)
-    plan = grouped.plan(routing.index, routing.active, w.shape[0])
+        return _dense_merge(routing.config.groups, x, w, routing.weight, routing.slots, routing.active, tap)
+    plan = grouped.plan(routing.slots, routing.active, w.shape[0])
     rows = grouped.permute(x.reshape(-1, size), plan.order, plan.inverse)
     rows = grouped.matmul(rows, w, plan.sizes, grouped_tap(tap, plan))
     outputs = grouped.permute(rows, plan.inverse, plan.order).reshape(-1, slots, w.shape[2])

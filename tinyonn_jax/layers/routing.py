@@ -5,7 +5,7 @@ Letters: N tokens, D model, M modules, K slots per token, G groups of modules th
 Source: seed 0 (proposer-builder, DRLN), seed 1 (CAPR, top-k), seed 2 (top-any), seed 4 (hard gating, isolation).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import flax.struct
@@ -89,6 +89,11 @@ class Routing:
     valid: Bool[Array, "*R N"]
     unrouted: Bool[Array, "*R N"]
     config: RouterConfig = flax.struct.field(pytree_node=False)
+
+    @property
+    def slots(self) -> Int[Array, "*R N K"]:
+        """`index`, also where every module has a slot of its own."""
+        return jnp.broadcast_to(jnp.arange(self.weight.shape[-1]), self.weight.shape) if self.index is None else self.index
 
 
 def stream_spec(dim: int) -> Stream:
@@ -224,9 +229,9 @@ def data_init(router: Router, routing: Routing, key: Array) -> Router:
 
     if router.proto.ndim == 3:
         keys = jax.random.split(key, router.proto.shape[0])
-        return router.replace(proto=jax.vmap(one)(keys, router.proto, routing.input, routing.valid))
+        return replace(router, proto=jax.vmap(one)(keys, router.proto, routing.input, routing.valid))
     x, valid = routing.input.reshape(-1, routing.input.shape[-1]), routing.valid.reshape(-1)  # of all recursions
-    return router.replace(proto=one(key, router.proto, x, valid))
+    return replace(router, proto=one(key, router.proto, x, valid))
 
 
 def route_all(router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: Bool[Array, " N"] | None = None) -> Routing:

@@ -148,7 +148,7 @@ def msaps(parts: Parts = Parts()) -> LearningRule:
                     lambda g, w: g + 2 * decay * w, part(layers(grads)[name], "modules"), part(layer, "modules")
                 )
                 grads = replace_layer(grads, f"{name}.modules".lstrip("."), modules)
-            grads = replace_layer(grads, f"{name}.router".lstrip("."), gradient.replace(proto=d_proto))
+            grads = replace_layer(grads, f"{name}.router".lstrip("."), replace(gradient, proto=d_proto))
         return grads
 
     def update(meta, routings, signals, metrics):
@@ -167,7 +167,7 @@ def msaps(parts: Parts = Parts()) -> LearningRule:
             rate = meta.rule[name]
             dead[name] = rate < parts.renew
             proto = reborn(router.proto, dead[name], jax.random.fold_in(key, len(rates)))
-            params = replace_layer(params, f"{name}.router".lstrip("."), router.replace(proto=proto))
+            params = replace_layer(params, f"{name}.router".lstrip("."), replace(router, proto=proto))
             rates[name] = jnp.where(dead[name], BORN, rate)
         return params, replace(meta, rule=rates), dead
 

@@ -8,6 +8,7 @@ Recursed (DynTRM): one set of parameters, scanned R times, one Routing per recur
 with a leading axis L. Letters: B batch, T positions, D model, R recursions or layers, V vocabulary. Source: seed 1 §4.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -97,7 +98,7 @@ def _streams(block: Block, layers: int) -> Block:
     def connect(x: Any) -> Any:
         if not isinstance(x, Router) or layers < 2:
             return x
-        return x.replace(stream=stack(stream_spec(x.proto.shape[-1]), layers - 1))
+        return replace(x, stream=stack(stream_spec(x.proto.shape[-1]), layers - 1))
 
     return jax.tree.map(connect, block, is_leaf=lambda x: isinstance(x, Router))
 
