@@ -143,8 +143,14 @@ def _colour(layer: str) -> str:
 
 
 def _name(layer: str) -> str:
-    """What a layer's modules are called: `heads` or `experts`, with the block's name where there is more than one."""
-    block, _, kind = layer.removeprefix("block.").rpartition(".")
+    """What a layer's modules are called: `heads`, `experts` or the role of its neurons, after the block's name if it has one."""
+    layer, dot, role = layer.removeprefix("block.").partition("attention.")
+    if dot:
+        return f"{layer}{role} neurons"
+    layer, dot, role = layer.partition("feedforward.")
+    if dot:
+        return f"{layer}{role} neurons"
+    block, _, kind = layer.rpartition(".")
     return " ".join(filter(None, (block, {"attention": "heads", "feedforward": "experts"}.get(kind, kind))))
 
 
@@ -271,7 +277,7 @@ def _binned(rows: Sequence[Row], layer: str, bins: int) -> tuple[Float[np.ndarra
 
 def _modules(ax: Axes, layer: str, modules: int) -> None:
     ax.set_ylim(-0.7, modules - 0.3)
-    ax.yaxis.set_major_locator(MaxNLocator(min(modules, 9), integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(min(modules, 9 if modules <= 32 else 4), integer=True))
     ax.set_ylabel(_name(layer), color=_colour(layer), fontsize=9.5)
 
 
@@ -378,19 +384,23 @@ def expert_dashboard(rows: Sequence[Row], routing: Routing | None = None) -> Fig
     routing = routing or {}
     saved = [key.removesuffix(".proto") for key in routing if key.endswith(".proto")]
     layers = _last_of_each_kind(layer_names(rows) or saved)
-    figure = _figure(10.5, 8.4 if layers else 3.5)
+    figure = _figure(10.5, max(8.4, 3.4 * len(layers)) if layers else 3.5)
     measured = any(np.any(_snapshot(routing, layer, "goodness")) for layer in layers)
     panels = figure.add_gridspec(2, 2)
     for k, (title, draw) in enumerate(EXPERT_PANELS):
         panel = figure.add_subfigure(panels[k // 2, k % 2])
         over_time, cells = draw in (_choices, _heat), max(len(layers), 1)
-        shape = (1, cells) if draw is _prototypes else (cells, 1)
+        shape = (cells, 1)
+        if draw is _prototypes:
+            shape = (1, cells) if cells <= 2 else (-(-cells // 2), 2)
         axes: list[Axes] = list(np.ravel(panel.subplots(*shape, sharex=over_time)))
         for ax in axes:
             _style(ax)
         _style(axes[0], title)
         if not layers:
             _empty(axes[0], NO_LAYERS if rows else NOTHING)
+        for ax in axes[max(len(layers), 1) :]:
+            ax.set_axis_off()
         for ax, layer in zip(axes, layers, strict=False):
             if over_time and not len(loads(rows, layer)[0]):
                 _empty(ax, "no loads logged yet")
@@ -398,7 +408,7 @@ def expert_dashboard(rows: Sequence[Row], routing: Routing | None = None) -> Fig
             if over_time:
                 _steps(ax)
             draw(ax, layer, rows, routing)
-        _legend(*(axes[::-1] if draw is _prototypes else axes))
+        _legend(*((axes[: shape[1]][::-1] + axes[shape[1] :]) if draw is _prototypes else axes))
         if draw is _prototypes and layers and not measured:
             axes[0].text(
                 0.02, 0.02, f"goodness: {NOT_MEASURED}", transform=axes[0].transAxes, fontsize=8, color=MUTED, style="italic"
