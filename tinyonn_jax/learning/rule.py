@@ -7,6 +7,7 @@ cannot meet the wrong router. Letters: N tokens, K slots, M modules.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -92,12 +93,31 @@ def replace_layer(params: Any, name: str, layer: Any) -> Any:
 
 
 def logits_of(router: Router, routing: Routing) -> Float[Array, "*R N M"]:
-    """The logits again, from the detached input and the router's parameters: the only way a meta loss reaches a router."""
-    one = lambda r, x: routing_logits(r, x, routing.config)  # noqa: E731
-    router = effective(router)
-    if router.proto.ndim == 3:  # stacked blocks: a router of their own for each leading index
-        return jax.vmap(one)(router, routing.input)
-    return one(router, routing.input)
+    """The logits as functions of the router's parameters alone, the input detached: the only way a meta loss reaches a router.
+
+    Their values are those that the step routed by; what is computed anew is the gradient, which costs one matmul.
+    """
+    return _known(router, routing.input, routing.logits, routing.config)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _known(router, x, logits, config):
+    return logits
+
+
+def _known_bwd(config, saved, g):
+    router, x = saved
+
+    def logits(router):
+        refined = effective(router)
+        one = lambda r, x: routing_logits(r, x, config)  # noqa: E731
+        return (jax.vmap(one) if refined.proto.ndim == 3 else one)(refined, x)  # stacked blocks: routers of their own
+
+    (d_router,) = jax.vjp(logits, router)[1](g)
+    return d_router, None, None
+
+
+_known.defvjp(lambda router, x, logits, config: (logits, (router, x)), _known_bwd)
 
 
 def mean_over_tokens(values: Float[Array, "*R N"], routing: Routing) -> Array:
