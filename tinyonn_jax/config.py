@@ -398,14 +398,14 @@ PRESETS: dict[str, tuple[str, Config]] = {
         ),
     ),
     "demo": (
-        "the 30 smallest ARC-AGI-1 training tasks; about five minutes on two CPU cores",
+        "the 30 smallest ARC-AGI-1 training tasks; about five minutes on two CPU cores, routed kinds longer",
         Config(
             data=DataConfig(smallest=30, buckets=(24, 32, 48, 64), tokens_per_batch=1024),
             train=TrainConfig(steps=2500, validate_every=500),
         ),
     ),
     "laptop": (
-        "the 178 ARC-AGI-1 training tasks with grids up to 10 x 10; three quarters of an hour or more on two CPU cores",
+        "the 178 ARC-AGI-1 training tasks with grids up to 10 x 10; half an hour on two CPU cores, routed kinds longer",
         Config(data=DataConfig(max_grid=10), train=TrainConfig(steps=8800, log_every=50, validate_every=2000)),
     ),
     "arc1": (
