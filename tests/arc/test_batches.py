@@ -150,6 +150,13 @@ def test_shapes_are_constant_per_bucket():
     assert shapes <= {(72 // bucket, bucket) for bucket in CFG.buckets} and len(shapes) > 1
 
 
+def test_batches_of_eight_or_more_are_multiples_of_eight():
+    dataset = build_dataset(make_sets(20), replace(CFG, tokens_per_batch=240))
+    shapes = {batch_at(dataset, 0, step).tokens.shape for step in range(dataset.steps_per_epoch)}
+    sizes = {12: 16, 16: 8, 24: 8, 36: 6}  # not 20, 15, 10, 6
+    assert len(shapes) > 1 and all(sizes[length] == rows for rows, length in shapes)
+
+
 def test_padding_is_small():
     """Free rows are topped up: only the last batch of an epoch may have empty rows."""
     dataset = build_dataset(make_sets(20), CFG)
