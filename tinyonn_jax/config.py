@@ -65,6 +65,8 @@ class ModelConfig:
     """Recursions R of the one block (recursed), or number of blocks L (stacked)."""
     recursed: bool = True
     """One block applied `depth` times; false: `depth` blocks with parameters of their own."""
+    data_init: bool = False
+    """Prototypes start as inputs of random tokens of the first batch, not at random."""
     prc: bool = True
     """Refine each block's prototypes from those of the block before (dfc and dfc_hard with model.recursed false)."""
     inject: bool = True

@@ -133,7 +133,7 @@ def train(run: Run, started: float | None = None) -> None:
     mesh = sharding.make_mesh(config.mesh)
     dataset = build_dataset(sets, config.data)
     batches = partial(batch_at, dataset, config.train.seed, process=process, multiple=mesh.size)
-    program = assemble.assemble(config, mesh, len(sets.tasks), batches(0))
+    program = assemble.assemble(config, mesh, len(sets.tasks), batch_at(dataset, config.train.seed, 0))
     parameters = assemble.count_parameters(program.spec)
     if process[0] == 0:
         write_atomically(folder / PARAMETERS, json.dumps(parameters, indent=2) + "\n")

@@ -11,6 +11,8 @@ from tinyonn_jax.arc.batches import Dataset, batch_at, build_dataset, validation
 from tinyonn_jax.arc.evaluate import teacher_forced_exact
 from tinyonn_jax.arc.tasks import TaskSets, load_task_sets
 from tinyonn_jax.config import PRESETS, Config, MeshConfig
+from tinyonn_jax.layers import base
+from tinyonn_jax.learning.rule import routers
 from tinyonn_jax.models import transformer
 from tinyonn_jax.training import assemble, sharding
 
@@ -62,6 +64,22 @@ def test_validation_agrees_with_the_evaluation_and_with_a_loop(data):
             right.append(row.argmax() == target)
     assert found["valid_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert found["valid_acc"] == pytest.approx(np.mean(right))
+
+
+@pytest.mark.parametrize("kind", ["dyntrm", "dfc"])
+def test_prototypes_from_the_first_batch(data, kind):
+    """Each is the input that some token brings to its router (there, with the prototypes of the blocks before as they were)."""
+    sets, dataset = data
+    config = smoke(kind)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, data_init=True))
+    batch = batch_at(dataset, 0, 0)
+    program = assemble.assemble(config, sharding.make_mesh(MeshConfig(data=1)), len(sets.tasks), batch)
+    params = base.init(jax.random.key(0), program.spec)
+    routings = jax.jit(lambda p, b: transformer.apply(p, b, config.model).routings)(params, batch)
+    for name, router in routers(program.initial().params).items():
+        inputs = np.asarray(routings[name].input)[np.asarray(routings[name].valid)]
+        nearest = np.abs(np.asarray(router.proto)[:, None] - inputs).max(-1).min(-1)
+        assert nearest.max() < 1e-5
 
 
 def test_a_snapshot_shares_out_what_was_used(data):

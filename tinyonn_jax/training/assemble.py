@@ -20,7 +20,8 @@ from tinyonn_jax.arc.evaluate import exact
 from tinyonn_jax.arc.generate import Decoder
 from tinyonn_jax.config import Config
 from tinyonn_jax.layers import base
-from tinyonn_jax.learning.rule import LearningRule, layers, routers
+from tinyonn_jax.layers.routing import data_init
+from tinyonn_jax.learning.rule import LearningRule, layers, replace_layer, routers
 from tinyonn_jax.models import transformer
 from tinyonn_jax.training import sharding
 from tinyonn_jax.training.objective import make_loss, make_rule, token_losses
@@ -46,7 +47,7 @@ class Program:
 
 
 def assemble(config: Config, mesh: Mesh, tasks: int, example: Batch) -> Program:
-    """The program of a run with `tasks` tasks; `example` is any batch."""
+    """The program of a run with `tasks` tasks; `example` is any batch, the same in every process."""
     rule = make_rule(config)
     loss_fn = make_loss(config, rule)
     spec = transformer.spec(config.model, tasks)
@@ -55,7 +56,13 @@ def assemble(config: Config, mesh: Mesh, tasks: int, example: Batch) -> Program:
     routings = jax.eval_shape(loss_fn, shapes, None, example)[1].routings
 
     def make() -> TrainState:
-        params = base.init(jax.random.key(config.train.seed), spec)
+        key = jax.random.key(config.train.seed)
+        params = base.init(key, spec)
+        if config.model.data_init:
+            made = loss_fn(params, None, jax.tree.map(jnp.asarray, example))[1].routings
+            for i, (name, router) in enumerate(routers(params).items()):
+                started = data_init(router, made[name], jax.random.fold_in(key, i))
+                params = replace_layer(params, f"{name}.router", started)
         return TrainState.create(params, tx, rule.init(params, routings), config.train.seed)
 
     like = sharding.abstract(mesh, spec, make)
