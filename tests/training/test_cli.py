@@ -287,7 +287,7 @@ def test_help_lists_commands_presets_and_every_field(monkeypatch, capsys):
     assert here(monkeypatch, "train", "--help") == 0
     out = " ".join(word for word in capsys.readouterr().out.split() if word != "│")
     assert all(line in out for line, _ in PRESETS.values())
-    flags = ("--model.kind {dense,dyntrm}", "--learning.rule", "--mesh.fsdp", "--data.train", "--optim.muon-lr")
+    flags = ("--model.kind {dense,dyntrm,dfc,dfc_hard}", "--learning.rule", "--mesh.fsdp", "--data.train", "--optim.muon-lr")
     assert all(flag in out for flag in flags)
 
 
