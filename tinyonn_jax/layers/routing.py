@@ -97,7 +97,7 @@ class Routing:
 
 
 def stream_spec(dim: int) -> Stream:
-    """Identity-like at first in effect: a fan-in normal W, whose norm starts at a scale of 0.02 as prototypes do."""
+    """W normal with variance 1 / fan-in; the norm's scale starts at 0.02, the size of a prototype's entries."""
     return Stream(
         w=Param((dim, dim), (None, "embed"), fan_in()),
         scale=Param((dim,), ("embed",), lambda key, shape: 0.02 * ones(key, shape)),
