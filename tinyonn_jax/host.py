@@ -1,4 +1,4 @@
-"""What a program may set once, before the first array, so that XLA uses a small CPU well. Nothing here changes a result."""
+"""What a program may set once, before the first array, so that XLA uses a small CPU well; results stay, but for rounding."""
 
 import contextlib
 import ctypes

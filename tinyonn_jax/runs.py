@@ -237,7 +237,7 @@ def load(run: Run, checkpoint: Which, say: Say) -> Trained:
     spec = transformer.spec(run.config.model, len(run.sets.tasks))
     like = sharding.abstract(mesh, spec, lambda: base.init(jax.random.key(0), spec))
     params, step = restore_params(run.folder / CHECKPOINTS, like, "ema", checkpoint, say)
-    return Trained(run, mesh, params, step)
+    return Trained(run, mesh, jax.jit(transformer.refined)(params), step)  # not again for every token
 
 
 def evaluate(run: Run, checkpoint: Which, say: Say) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from tinyonn_jax.layers import base, spl
 from tinyonn_jax.layers.routing import RouterConfig
 from tinyonn_jax.learning.msaps import (
     BORN,
-    Parts,
     anchors,
     cosine,
     masked_quantile,
@@ -44,8 +43,7 @@ def state(params, accuracy=0.0, rate=0.5):
     return MetaState({"": jnp.zeros(modules)}, jnp.float32(accuracy), {"": jnp.full(modules, rate)})
 
 
-def objective(parts, params, routing, signals):
-    rule = msaps(parts)
+def objective(rule, params, routing, signals):
     return lambda router: rule.objective({"": router}, {"": routing}, {"": signals}, state(params))[0]
 
 
@@ -69,7 +67,7 @@ def test_a_step_moves_good_prototypes_towards_their_anchors_and_bad_ones_away():
     anchor, count = anchors(routing)
     sign = shape_layer(params.router, routing, signals)["sign"]
     assert {-1.0, 1.0} <= set(sign.tolist()) and (count > 0).all()
-    gradient = jax.grad(objective(Parts(regress=False), params, routing, signals))(params.router)
+    gradient = jax.grad(objective(msaps(regress=False), params, routing, signals))(params.router)
     before = cosine(params.router.proto, anchor)
     after = cosine(params.router.proto - 0.01 * gradient.proto, anchor)
     np.testing.assert_array_equal(jnp.sign(jnp.round(after - before, 6)), -sign)
@@ -78,7 +76,7 @@ def test_a_step_moves_good_prototypes_towards_their_anchors_and_bad_ones_away():
 
 def test_proto_surprise_is_the_norm_of_the_prototype_gradient():
     params, routing, signals = setup()
-    gradient = jax.grad(objective(Parts(regress=False), params, routing, signals))(params.router)
+    gradient = jax.grad(objective(msaps(regress=False), params, routing, signals))(params.router)
     shaped = shape_layer(params.router, routing, replace(signals, module_param=jnp.arange(M) * 1e-9))
     norm = jnp.linalg.norm(gradient.proto, axis=-1)
     np.testing.assert_allclose(shaped["total"], norm / norm.max(), atol=1e-5)
@@ -116,16 +114,16 @@ def test_protected_prototypes_move_less_also_among_thousands():
     params, _, _ = setup()
     params = params.replace(router=params.router.replace(gate=jnp.linspace(0, 1, M)))
     grads = jax.tree.map(jnp.ones_like, params)
-    after = msaps(Parts(l2=0.0)).adjust(grads, params, {}, {}, state(params))
+    after = msaps(l2=0.0).adjust(grads, params, {}, {}, state(params))
     moved = jnp.linalg.norm(after.router.proto, axis=-1)
     assert moved[0] == 0 and (jnp.diff(moved) > 0).all()
     assert after.modules is grads.modules
-    assert msaps(Parts(l2=0.0, protect=False)).adjust(grads, params, {}, {}, state(params)).router.proto is grads.router.proto
+    assert msaps(l2=0.0, protect=False).adjust(grads, params, {}, {}, state(params)).router.proto is grads.router.proto
 
 
 def test_adaptive_decay_grows_with_the_norms_and_shrinks_them():
     params, _, _ = setup()
-    rule = msaps(Parts(protect=False, l2=0.01))
+    rule = msaps(protect=False, l2=0.01)
 
     def pull(scale):
         scaled = jax.tree.map(lambda a: scale * a, params)
@@ -146,7 +144,7 @@ def test_gates_learn_to_predict_a_fixed_surprise(cost):
     params, routing, signals = setup(cost)
     if cost == "linear":  # a constant can be regressed only where the inputs have one: give them a constant channel
         routing = replace(routing, input=routing.input.at[:, 0].set(1.0))
-    loss = jax.jit(jax.value_and_grad(objective(Parts(attract=False), params, routing, signals)))
+    loss = jax.jit(jax.value_and_grad(objective(msaps(attract=False), params, routing, signals)))
     router, first = params.router, None
     for _ in range(300):
         value, gradient = loss(router)
@@ -158,7 +156,7 @@ def test_gates_learn_to_predict_a_fixed_surprise(cost):
 
 def test_the_dead_are_reborn_near_the_living():
     params, _, _ = setup()
-    rule = msaps(Parts(renew=0.01))
+    rule = msaps(renew=0.01)
     meta = replace(state(params), rule={"": jnp.array([0.5, 0.2, 0.0, 0.3, 0.009, 0.01])})
     after, new, dead = rule.renew(params, meta, jax.random.key(0))
     assert dead[""].tolist() == [False, False, True, False, True, False]
@@ -171,14 +169,14 @@ def test_the_dead_are_reborn_near_the_living():
     assert new.rule[""][2] == BORN and new.rule[""][1] == pytest.approx(0.2)
     nobody = replace(meta, rule={"": jnp.zeros(M)})
     np.testing.assert_array_equal(rule.renew(params, nobody, jax.random.key(0))[0].router.proto, params.router.proto)
-    assert msaps(Parts(renew=0.0)).renew is None
+    assert msaps(renew=0.0).renew is None
 
 
 def test_every_part_can_be_switched_off():
     params, routing, signals = setup("linear")
-    off = Parts(attract=False, regress=False, protect=False, l2=0.0, renew=0.0)
+    off = msaps(attract=False, regress=False, protect=False, l2=0.0, renew=0.0)
     gradient = jax.grad(objective(off, params, routing, signals))(params.router)
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
     grads = jax.tree.map(jnp.ones_like, params)
-    after = msaps(off).adjust(grads, params, {}, {}, state(params))
+    after = off.adjust(grads, params, {}, {}, state(params))
     jax.tree.map(np.testing.assert_array_equal, after, grads)

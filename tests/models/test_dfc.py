@@ -56,8 +56,8 @@ def test_streams_join_layers_of_one_role_only():
     _, _, params, _ = setup("dfc_hard", "sars")
     attention = params.block.attention
     moved = attention.k.replace(router=attention.k.router.replace(proto=attention.k.router.proto.at[0].add(1.0)))
-    refined = transformer._refined(params.block).attention
-    other = transformer._refined(params.block.replace(attention=attention.replace(k=moved))).attention
+    refined = transformer.refined(params.block).attention
+    other = transformer.refined(params.block.replace(attention=attention.replace(k=moved))).attention
     np.testing.assert_array_equal(refined.q.router.proto, other.q.router.proto)
     assert all(jnp.any(a != b) for a, b in zip(refined.k.router.proto, other.k.router.proto, strict=True))
 

@@ -125,8 +125,8 @@ def batch_at(dataset: Dataset, seed: int, step: int, process: tuple[int, int] = 
     """The batch of one step: a pure function of its arguments.
 
     An epoch shows every training sequence once, under a fresh dihedral transform and colour permutation, in shuffled batches. A
-    batch takes its bucket from its longest sequence and tops up with the next shorter ones; B is the number
-    of such sequences in `data.tokens_per_batch`, from 8 on a multiple of 8, as cores and devices like it.
+    batch takes its bucket from its longest sequence and tops up with the next shorter ones; B is how many such
+    sequences `data.tokens_per_batch` holds, from 8 on a multiple of 8, as cores and devices like it.
 
     Args:
         process: (p, P) gives the p-th of P equal contiguous slices of the rows of the same batch.
@@ -194,17 +194,7 @@ def prompts(queries: Sequence[Query], length: int, format: Format = "pair") -> P
     Raises:
         ValueError: a prompt is longer than `length`.
     """
-    tokens = np.full((len(queries), length), END, np.int32)
-    positions = np.zeros((len(queries), length, 3), np.int32)
-    prefix = np.zeros(len(queries), np.int32)
-    for i, query in enumerate(queries):
-        encoded = encode_query(query, format)
-        prefix[i] = size = len(encoded.tokens)
-        if size > length:
-            raise ValueError(f"the prompt of task {query.task.id}, test input {query.test + 1}, has {size} tokens, not {length}")
-        tokens[i, :size], positions[i, :size] = encoded.tokens, encoded.positions
-    task, dihedral = ([q.row for q in queries], [q.view.dihedral for q in queries])
-    return Prompts(tokens, positions, prefix, np.array(task, np.int32), np.array(dihedral, np.int32))
+    return _fill(queries, len(queries), length, format, answer=False)[0]
 
 
 def answered(queries: Sequence[Query], rows: int, length: int, format: Format = "pair") -> Batch:
@@ -213,15 +203,24 @@ def answered(queries: Sequence[Query], rows: int, length: int, format: Format = 
     Raises:
         ValueError: a sequence is longer than `length`, or an answer is not known.
     """
+    p, size = _fill(queries, rows, length, format, answer=True)
+    return Batch(p.tokens, p.positions, p.prefix, size, _trained(np.arange(length), p.prefix, size), p.task, p.dihedral)
+
+
+def _fill(queries: Sequence[Query], rows: int, length: int, format: Format, answer: bool) -> tuple[Prompts, Int[np.ndarray, "B"]]:
+    """Queries in the first of `rows` padded sequences, and how long each is."""
     tokens, positions = np.full((rows, length), END, np.int32), np.zeros((rows, length, 3), np.int32)
-    size, prefix = np.zeros((2, rows), np.int32)
+    prefix, sizes, dihedral = np.zeros((3, rows), np.int32)
+    task = np.full(rows, -1, np.int32)
     for i, query in enumerate(queries):
-        encoded = encode_query(query, format, answer=True)
-        size[i], prefix[i] = len(encoded.tokens), encoded.prefix
-        tokens[i, : size[i]], positions[i, : size[i]] = encoded.tokens, encoded.positions
-    task, dihedral = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
-    task[: len(queries)], dihedral[: len(queries)] = [q.row for q in queries], [q.view.dihedral for q in queries]
-    return Batch(tokens, positions, prefix, size, _trained(np.arange(length), prefix, size), task, dihedral)
+        encoded = encode_query(query, format, answer)
+        size = len(encoded.tokens)
+        if size > length:
+            what = "answered prompt" if answer else "prompt"
+            raise ValueError(f"the {what} of task {query.task.id}, test input {query.test + 1}, has {size} tokens, not {length}")
+        tokens[i, :size], positions[i, :size] = encoded.tokens, encoded.positions
+        prefix[i], sizes[i], task[i], dihedral[i] = encoded.prefix, size, query.row, query.view.dihedral
+    return Prompts(tokens, positions, prefix, task, dihedral), sizes
 
 
 def bucket_for(length: int, buckets: Sequence[int]) -> int | None:

@@ -61,7 +61,7 @@ def evaluate(
         progress: called with the number of sequences decoded so far, and of all, after each batch.
     """
     cap = answer_cap(data) if cap is None else cap
-    rows = {} if cfg.blank_task else {name: row for row, name in enumerate(task_ids)}
+    rows = _rows(task_ids, cfg)
     queries = [
         Query(task, test, rows.get(task.id, -1), view)
         for task in tasks
@@ -144,31 +144,32 @@ def exact_per_recursion(
     If the first already has what the last has, recursion is not earning its cost. `apply_fn` gives logits `[R,B,T,V]`. What fits
     no bucket counts as wrong. NaN if no output is known.
     """
-    rows = {} if cfg.blank_task else {name: row for row, name in enumerate(task_ids)}
+    rows = _rows(task_ids, cfg)
     known = [
         Query(task, i, rows.get(task.id, -1), Augmentation())
         for task in tasks
         for i, test in enumerate(task.test)
         if test.output is not None
     ]
-    groups: dict[int, list[Query]] = defaultdict(list)
-    for query in known:
-        groups[bucket_for(len(encode_query(query, data.format, answer=True).tokens), data.buckets) or 0].append(query)
-    misfits = len(groups.pop(0, ()))
-    shares = exact_per_step(
-        apply_fn,
-        (
-            answered(group[i : i + cfg.batch], cfg.batch, bucket, data.format)
-            for bucket, group in groups.items()
-            for i in range(0, len(group), cfg.batch)
-        ),
+    groups, _ = _group(known, data, answer=True)
+    batches = (
+        answered(group[i : i + cfg.batch], cfg.batch, bucket, data.format)
+        for bucket, group in groups.items()
+        for i in range(0, len(group), cfg.batch)
     )
-    return [share * (1 - misfits / max(len(known), 1)) for share in shares]
+    fitting = sum(map(len, groups.values())) / max(len(known), 1)
+    return [share * fitting for share in exact_per_step(apply_fn, batches)]
 
 
-def _group(queries: Sequence[Query], data: DataConfig) -> tuple[dict[int, list[Query]], tuple[str, ...]]:
-    """Queries by bucket, shortest prompts first, and a line for each test input with a view that fits no bucket."""
-    sizes = [len(encode_query(query, data.format).tokens) for query in queries]
+def _rows(task_ids: Sequence[str], cfg: EvalConfig) -> dict[str, int]:
+    """Rows of the task embedding by task id; none for blank ones."""
+    return {} if cfg.blank_task else {name: row for row, name in enumerate(task_ids)}
+
+
+def _group(queries: Sequence[Query], data: DataConfig, answer: bool = False) -> tuple[dict[int, list[Query]], tuple[str, ...]]:
+    """Queries by bucket, shortest prompts first (`answer`: with their true answers), and a line for each test input with a view
+    that fits no bucket."""
+    sizes = [len(encode_query(query, data.format, answer).tokens) for query in queries]
     groups: dict[int, list[Query]] = defaultdict(list)
     misfits: dict[tuple[str, int], list[int]] = defaultdict(list)
     for size, query in sorted(zip(sizes, queries, strict=True), key=lambda item: item[0]):

@@ -8,7 +8,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from tinyonn_jax.layers.base import Param, fan_in, rotary, rotation
@@ -117,8 +116,7 @@ def _heads_first_fwd(q, k, v, seen):
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, -1, keepdims=True)
     o = jnp.einsum("bgqs,bgsc->bgqc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
-    o, log_total = checkpoint_name((o, top + jnp.log(total)), "attention")
-    return _unfold(o.astype(v.dtype), t), (q, k, v, seen, o, log_total)
+    return _unfold(o.astype(v.dtype), t), (q, k, v, seen, o, top + jnp.log(total))
 
 
 def _heads_first_bwd(saved, g):

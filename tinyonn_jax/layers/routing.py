@@ -207,14 +207,19 @@ def select(logits: Float[Array, "N M"], cfg: RouterConfig) -> tuple[Array, Array
     return index.reshape(n, -1), weight.reshape(n, -1), active.reshape(n, -1), unrouted
 
 
+def _decide_by(router: Router, x: Float[Array, "N D"], cfg: RouterConfig) -> Float[Array, "N M"]:
+    """The logits, cut from the main loss with `cfg.isolate`."""
+    logits = routing_logits(router, x, cfg)
+    return jax.lax.stop_gradient(logits) if cfg.isolate else logits
+
+
 def route(router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: Bool[Array, " N"] | None = None) -> Routing:
     """Match, cost, select. With `cfg.isolate` the decision is cut from the main loss, towards the router and towards x."""
     valid = jnp.ones(x.shape[0], bool) if valid is None else valid
-    detached = jax.lax.stop_gradient(x)
-    logits = jax.lax.stop_gradient(routing_logits(router, detached, cfg)) if cfg.isolate else routing_logits(router, x, cfg)
+    logits = _decide_by(router, x, cfg)
     index, weight, active, unrouted = checkpoint_name(select(logits, cfg), "routing")
     active = active & valid[:, None]
-    return Routing(logits, index, jnp.where(active, weight, 0), active, detached, valid, unrouted & valid, cfg)
+    return Routing(logits, index, jnp.where(active, weight, 0), active, jax.lax.stop_gradient(x), valid, unrouted & valid, cfg)
 
 
 def data_init(router: Router, routing: Routing, key: Array) -> Router:
@@ -243,11 +248,10 @@ def route_all(router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: 
     if cfg.select not in ("relu", "hard"):
         raise ValueError(f"neurons are selected by relu or hard, not by {cfg.select}")
     valid = jnp.ones(x.shape[0], bool) if valid is None else valid
-    detached = jax.lax.stop_gradient(x)
-    logits = jax.lax.stop_gradient(routing_logits(router, detached, cfg)) if cfg.isolate else routing_logits(router, x, cfg)
+    logits = _decide_by(router, x, cfg)
     active = checkpoint_name(logits > 0, "routing") & valid[:, None]
     weight = jnp.where(active, logits if cfg.select == "relu" else 1.0, 0.0)
-    return Routing(logits, None, weight, active, detached, valid, valid & ~jnp.any(active, -1), cfg)
+    return Routing(logits, None, weight, active, jax.lax.stop_gradient(x), valid, valid & ~jnp.any(active, -1), cfg)
 
 
 def per_module(values: Float[Array, "N K"], routing: Routing) -> Float[Array, "N M"]:
@@ -257,3 +261,8 @@ def per_module(values: Float[Array, "N K"], routing: Routing) -> Float[Array, "N
     modules = jnp.arange(routing.logits.shape[-1])
     hit = (routing.index[..., None] == modules) & routing.active[..., None]
     return jnp.sum(jnp.where(hit, values[..., None], 0), -2)
+
+
+def served(routing: Routing) -> Float[Array, "*R M"]:
+    """How many tokens use each module."""
+    return jnp.sum(per_module(jnp.ones_like(routing.weight), routing), -2)

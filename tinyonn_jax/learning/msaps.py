@@ -11,7 +11,7 @@ surprised ones away; gates learn to predict surprise.
 Letters: N tokens, M modules, D model; a leading axis of recursions or layers. Source: seed 0; MECHANISMS §6.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -19,29 +19,12 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float
 
-from tinyonn_jax.layers.routing import EPS, Router, Routing, drln, effective, per_module
+from tinyonn_jax.layers.routing import EPS, Router, Routing, drln, effective, per_module, served
 from tinyonn_jax.learning.rule import LearningRule, initial, layers, part, record, replace_layer, routers
 from tinyonn_jax.learning.signals import Signals
 
 BORN = 0.5
 """Activation rate that a new prototype starts with, so that it is not taken for dead before it could show."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parts of M-SAPS, each of which can be switched off.
-
-    `attract` prototype loss; `regress` gate loss; `protect` protection, at `temperature` τ0 (smaller protects fewer modules);
-    `l2` λ0 of the adaptive decay (0: none); `renew` re-initialises modules whose activation rate, averaged over about 100 steps,
-    is below this (0: never).
-    """
-
-    attract: bool = True
-    regress: bool = True
-    protect: bool = True
-    temperature: float = 0.5
-    l2: float = 1e-4
-    renew: float = 1e-4
 
 
 def masked_quantile(values: Float[Array, "*R M"], mask: Bool[Array, "*R M"], q: Float[Array, "*R"]) -> Float[Array, "*R"]:
@@ -92,7 +75,7 @@ def gate_size(router: Router) -> Float[Array, "*L M"]:
 
 
 def shape_layer(router: Router, routing: Routing, signals: Signals) -> dict[str, Any]:
-    """One layer's losses and what they are made of: `proto`, `gate` losses; `sign`, `total` surprise, `rate` of activation."""
+    """One layer's losses and what they are made of: `proto`, `gate` losses; `sign`, `total` surprise."""
     router = effective(router)
     anchor, count = anchors(routing)
     valid = jnp.maximum(jnp.sum(routing.valid, -1), 1)
@@ -108,11 +91,23 @@ def shape_layer(router: Router, routing: Routing, signals: Signals) -> dict[str,
         gate = jnp.sum(jnp.where(routing.valid[..., None], error**2, 0)) / (jnp.sum(valid) * error.shape[-1])
     else:
         gate = jnp.mean((router.gate - total) ** 2)
-    return {"proto": jnp.sum(sign * match), "gate": gate, "sign": sign, "total": total, "rate": count / valid[..., None]}
+    return {"proto": jnp.sum(sign * match), "gate": gate, "sign": sign, "total": total}
 
 
-def msaps(parts: Parts = Parts()) -> LearningRule:
-    """The M-SAPS learning rule, for any routed layer. Its state `MetaState.rule` holds each module's activation rate by layer."""
+def msaps(
+    attract: bool = True,
+    regress: bool = True,
+    protect: bool = True,
+    temperature: float = 0.5,
+    l2: float = 1e-4,
+    renew: float = 1e-4,
+) -> LearningRule:
+    """The M-SAPS learning rule, for any routed layer; each of its parts can be switched off.
+
+    `attract` prototype loss; `regress` gate loss; `protect` protection, at `temperature` τ0 (smaller protects fewer modules);
+    `l2` λ0 of the adaptive decay (0: none); `renew` re-initialises modules whose activation rate, averaged over about 100 steps,
+    is below this (0: never). The state `MetaState.rule` holds each module's activation rate, by layer.
+    """
 
     def init(params, routings):
         meta = initial(params, routings)
@@ -129,20 +124,20 @@ def msaps(parts: Parts = Parts()) -> LearningRule:
                 "idle_share": jnp.mean(shaped["sign"] == 0),
                 "goodness": -_flat(shaped["sign"]).mean(0),
             }
-        if parts.attract:
+        if attract:
             loss = loss + proto
-        if parts.regress:
+        if regress:
             loss = loss + gate
         return loss, {"loss_proto": proto, "loss_gate": gate / max(len(routings), 1), "layers": per_layer}
 
     def adjust(grads, params, routings, signals, meta):
-        decay = parts.l2 * mean_norm(params)
+        decay = l2 * mean_norm(params)
         for name, layer in layers(params).items():
             router, gradient = part(layer, "router"), part(layers(grads)[name], "router")
             d_proto = gradient.proto
-            if parts.protect:
-                d_proto = d_proto * (1 - protection(gate_size(router), meta.accuracy, parts.temperature))[..., None]
-            if parts.l2:
+            if protect:
+                d_proto = d_proto * (1 - protection(gate_size(router), meta.accuracy, temperature))[..., None]
+            if l2:
                 d_proto = d_proto + 2 * decay * router.proto
                 modules = jax.tree.map(
                     lambda g, w: g + 2 * decay * w, part(layers(grads)[name], "modules"), part(layer, "modules")
@@ -156,22 +151,21 @@ def msaps(parts: Parts = Parts()) -> LearningRule:
         rates = {}
         for name, rate in meta.rule.items():
             routing = routings[name]
-            now = jnp.sum(per_module(jnp.ones_like(routing.weight), routing), -2)
-            now = now / jnp.maximum(jnp.sum(routing.valid, -1), 1)[..., None]
+            now = served(routing) / jnp.maximum(jnp.sum(routing.valid, -1), 1)[..., None]
             rates[name] = 0.99 * rate + 0.01 * (now if now.ndim == rate.ndim else now.mean(0))
         return replace(new, rule=rates)
 
-    def renew(params, meta, key):
+    def give_birth(params, meta, key):
         dead, rates = {}, {}
         for name, router in routers(params).items():
             rate = meta.rule[name]
-            dead[name] = rate < parts.renew
+            dead[name] = rate < renew
             proto = reborn(router.proto, dead[name], jax.random.fold_in(key, len(rates)))
             params = replace_layer(params, f"{name}.router".lstrip("."), replace(router, proto=proto))
             rates[name] = jnp.where(dead[name], BORN, rate)
         return params, replace(meta, rule=rates), dead
 
-    return LearningRule(init, objective, adjust, update, renew=renew if parts.renew else None)
+    return LearningRule(init, objective, adjust, update, renew=give_birth if renew else None)
 
 
 def mean_norm(params: Any) -> Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tinyonn_jax.layers.routing import Router, Routing, effective, per_module, routing_logits, select
+from tinyonn_jax.layers.routing import Router, Routing, effective, per_module, routing_logits, select, served
 from tinyonn_jax.learning.signals import Signals
 
 Routers = dict[str, Router]
@@ -144,7 +144,7 @@ def record(meta: MetaState, routings: Routings, signals: dict[str, Signals], met
     """Adds this step's use of every module, and moves the accuracy average towards `metrics["main_acc"]`, if it is there."""
     records = {}
     for name, total in meta.records.items():
-        used = jnp.sum(per_module(jnp.ones_like(routings[name].weight), routings[name]), -2)  # [*R,M]
+        used = served(routings[name])  # [*R,M]
         records[name] = total + (used if used.ndim == total.ndim else used.sum(0))
     accuracy = metrics.get("main_acc", meta.accuracy)
     return replace(meta, records=records, accuracy=decay * meta.accuracy + (1 - decay) * accuracy)
@@ -156,7 +156,7 @@ def load_balance(weight: Float[Array, "*R N K"], routing: Routing) -> Array:
     def unevenness(total):  # [*R,M]
         return jnp.mean(total.shape[-1] * jnp.sum(total**2, -1) / jnp.maximum(jnp.sum(total, -1), 1e-6) ** 2)
 
-    load = jax.lax.stop_gradient(jnp.sum(per_module(jnp.ones_like(weight), routing), -2))
+    load = jax.lax.stop_gradient(served(routing))
     return 0.5 * (unevenness(load) + unevenness(jnp.sum(per_module(weight, routing), -2)))
 
 

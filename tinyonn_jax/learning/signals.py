@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tinyonn_jax.layers import tap as taps
-from tinyonn_jax.layers.routing import Routing, per_module
+from tinyonn_jax.layers.routing import Routing, per_module, served
 
 
 @flax.struct.dataclass
@@ -59,7 +59,7 @@ def summary(routing: Routing, signals: Signals) -> dict[str, Array]:
     active modules whose top logit is the least surprising of them (by parameter gradient), NaN when no token has several.
     """
     cfg = routing.config
-    used = jnp.sum(per_module(jnp.ones_like(routing.weight), routing), -2)  # [*R,M]
+    used = served(routing)  # [*R,M]
     used = used.reshape(-1, used.shape[-1]).sum(0)
     total = jnp.maximum(jnp.sum(used), 1)
     load = used / total

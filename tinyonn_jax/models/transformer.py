@@ -10,7 +10,7 @@ with a leading axis L. Letters: B batch, T positions, D model, R recursions or l
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.struct
 import jax
@@ -23,6 +23,7 @@ from tinyonn_jax.layers.base import Param, normal, ones, rms_norm, stack
 from tinyonn_jax.layers.routing import Router, RouterConfig, Routing, effective, entropy, stream_spec
 from tinyonn_jax.layers.tap import Tap
 
+T = TypeVar("T")
 VOCAB = 14
 DIHEDRALS = 8
 ATTENTION, FEEDFORWARD = "block.attention", "block.feedforward"
@@ -110,7 +111,7 @@ def spec(cfg: ModelConfig, tasks: int) -> Params:
     block = Block(norm, attend, norm, feed)
     if not cfg.recursed:
         block = stack(block, cfg.depth)
-        if cfg.kind in ("dfc", "dfc_hard") and cfg.prc:
+        if cfg.neurons and cfg.prc:
             block = _streams(block, cfg.depth)
     return Params(
         embed=Param((VOCAB, cfg.dim), (None, "embed"), normal(0.5)),
@@ -188,10 +189,10 @@ def _feed(params: Any, x: Array, cfg: ModelConfig, isolate: bool, valid, tap: di
             return y.reshape(x.shape), routings
 
 
-def _refined(block: Block) -> Block:
-    """The block with its prototype residual connections applied: they join routers, not activations."""
+def refined(params: T) -> T:
+    """Parameters with their prototype residual connections applied, once and for all: they join routers, not activations."""
     is_router = lambda x: isinstance(x, Router)  # noqa: E731
-    return jax.tree.map(lambda x: effective(x) if is_router(x) else x, block, is_leaf=is_router)
+    return jax.tree.map(lambda x: effective(x) if is_router(x) else x, params, is_leaf=is_router)
 
 
 def _recurse(
@@ -229,7 +230,7 @@ def _recurse(
             x, depth = y, depth + 1
         return (x, depth), (x if keep else None, routings, cache)
 
-    blocks = None if cfg.recursed else _refined(params.block)
+    blocks = None if cfg.recursed else refined(params.block)
     start = (x, jnp.zeros(x.shape[:2], jnp.int32))
     # A dense block is a few large kernels, so that copies in and out of the scan's stacks cost a tenth of the step: unroll some.
     unroll = min(cfg.depth, 4) if cfg.kind == "dense" and not cfg.remat else 1

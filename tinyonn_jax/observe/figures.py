@@ -144,14 +144,11 @@ def _colour(layer: str) -> str:
 
 def _name(layer: str) -> str:
     """What a layer's modules are called: `heads`, `experts` or the role of its neurons, after the block's name if it has one."""
-    layer, dot, role = layer.removeprefix("block.").partition("attention.")
-    if dot:
-        return f"{layer}{role} neurons"
-    layer, dot, role = layer.partition("feedforward.")
-    if dot:
-        return f"{layer}{role} neurons"
-    block, _, kind = layer.rpartition(".")
-    return " ".join(filter(None, (block, {"attention": "heads", "feedforward": "experts"}.get(kind, kind))))
+    kinds = {"attention": "heads", "feedforward": "experts"}
+    *block, role = layer.removeprefix("block.").split(".")
+    if block and block[-1] in kinds:
+        return " ".join([*block[:-1], role, "neurons"])
+    return " ".join(filter(None, (".".join(block), kinds.get(role, role))))
 
 
 # --- core metrics -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 
 from tinyonn_jax.config import Config
 from tinyonn_jax.learning import LearningRule, backprop, integrity, msaps, none, sars
-from tinyonn_jax.learning.msaps import Parts
 from tinyonn_jax.models import transformer
 from tinyonn_jax.training.step import Aux, LossFn
 
@@ -27,7 +26,7 @@ def make_rule(config: Config) -> LearningRule:
         case "sars":
             return sars(cfg.granularity, cfg.prior_sign, cfg.goodness_gate, cfg.neuron_cost)
         case "msaps":
-            return msaps(Parts(cfg.attract, cfg.regress, cfg.protect, cfg.temperature, cfg.l2, cfg.renew))
+            return msaps(cfg.attract, cfg.regress, cfg.protect, cfg.temperature, cfg.l2, cfg.renew)
 
 
 def token_losses(logits: Float[Array, "*R B T V"], tokens: Int[Array, "B T"]) -> tuple[Float[Array, "*R B T"], Array]:

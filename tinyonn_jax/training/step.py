@@ -134,9 +134,8 @@ def make_train_step(
         grads, routings, signals, metrics = gradients(loss_fn, rule, state.params, state.meta, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(
-            ema, (1.0 + state.step) / (10.0 + state.step)
-        )  # short memory at first, as there is little to remember
+        # A short memory at first, as there is little to remember.
+        decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
         new = replace(
             state,
             step=state.step + 1,
