@@ -1,4 +1,4 @@
-"""Train on ARC-AGI, evaluate, predict, report, compare: `python experiments/arc.py COMMAND --help`."""
+"""Train on ARC-AGI, mixed or task after task, evaluate, predict, report, compare: `python experiments/arc.py COMMAND --help`."""
 
 import time
 
@@ -7,19 +7,46 @@ STARTED = time.time()  # before the imports, which take seconds
 import json  # noqa: E402
 import sys  # noqa: E402
 from dataclasses import replace  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from tinyonn_jax import cli, runs  # noqa: E402
 from tinyonn_jax.arc import submission  # noqa: E402
 from tinyonn_jax.config import ConfigError  # noqa: E402
-from tinyonn_jax.observe import figures, grids, report  # noqa: E402
+from tinyonn_jax.observe import continual, figures, grids, report  # noqa: E402
 from tinyonn_jax.observe.console import print_grids, table  # noqa: E402
 from tinyonn_jax.observe.metrics import percent  # noqa: E402
+from tinyonn_jax.training import assemble  # noqa: E402
 
 
 def train(args: cli.Train) -> None:
     cli.set_up(args.compilation_cache, args.distributed)
     runs.train(runs.begin(args.workdir, args.config, args.preset, cli.again()), STARTED)
+
+
+def learn_continually(args: cli.Continual) -> None:
+    cli.set_up(args.compilation_cache)
+    if not args.config.data.sequence:
+        raise ConfigError(f"data.sequence must not be 0 for continual; preset {args.preset} mixes its tasks")
+    folders: dict[str, list[Path]] = {}
+    for network in args.networks:
+        kind, _, rule = network.partition("/")
+        model = assemble.narrowed(replace(args.config.model, kind=kind), args.parameters)
+        for seed in args.seeds:
+            config = replace(
+                args.config,
+                model=model,
+                learning=replace(args.config.learning, rule=rule),
+                train=replace(args.config.train, seed=seed),
+            )
+            folder = args.workdir / f"{kind}-{rule}-{seed}"
+            print(f"{network}, seed {seed}, in {folder}")
+            runs.train(runs.begin(folder, config, args.preset, cli.again()))
+            folders.setdefault(network, []).append(folder)
+    results = continual.summarize(folders)
+    table(f"{args.config.data.sequence} stages, mean over seeds {', '.join(map(str, args.seeds))}", *continual.lines(results))
+    for path in continual.write(args.workdir, results):
+        print(path)
 
 
 def _open(args: cli.Trained) -> tuple[runs.Run, Any]:
@@ -68,7 +95,14 @@ def compare(args: cli.Compare) -> None:
     print(report.compare(args.workdirs, args.picture))
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "report": write_report, "compare": compare}
+COMMANDS = {
+    "train": train,
+    "continual": learn_continually,
+    "evaluate": evaluate,
+    "predict": predict,
+    "report": write_report,
+    "compare": compare,
+}
 
 
 def main() -> None:

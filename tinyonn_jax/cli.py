@@ -14,14 +14,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar, get_args
 
 import jax
 import tyro
 
 from tinyonn_jax import host
 from tinyonn_jax.arc.tasks import DataError
-from tinyonn_jax.config import PRESETS, Config, ConfigError, EvalConfig, MeshConfig, Preset
+from tinyonn_jax.config import PRESETS, Config, ConfigError, EvalConfig, Kind, MeshConfig, Preset, RuleName
 from tinyonn_jax.runs import stored_config, stored_preset
 from tinyonn_jax.training.checkpoint import CheckpointError
 from tinyonn_jax.training.loop import DivergedError, InterruptedRun
@@ -43,6 +43,42 @@ class Train:
     """Keep compiled programs in the user's cache folder, so that the next start takes seconds."""
     distributed: bool = False
     """One process of many: TPU pod, Slurm, Open MPI, or JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
+
+
+NETWORKS = (
+    *("dense/none", "dyntrm/none", "dyntrm/backprop", "dyntrm/sars", "dyntrm/msaps"),
+    *("dfc/none", "dfc/backprop", "dfc/sars", "dfc/msaps", "dfc_hard/none", "dfc_hard/sars", "dfc_hard/msaps"),
+)
+
+
+@dataclass(frozen=True)
+class Continual:
+    """Learn tasks in stages with several networks, and compare how much is left of the earlier ones."""
+
+    workdir: Workdir
+    config: Annotated[Config, Flat]
+    preset: Annotated[Preset, tyro.conf.arg(help=f"Where the defaults of all other fields come from.\n{PRESET_LINES}\n")] = (
+        "continual"
+    )
+    networks: tuple[str, ...] = NETWORKS
+    """Kinds and learning rules, as KIND/RULE; they take the place of model.kind and learning.rule."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of each network; they take the place of train.seed."""
+    parameters: int = 100_000
+    """Parameters of the blocks, the same for every network; hidden widths follow from it."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next start takes seconds."""
+
+    def __post_init__(self):
+        for name in self.networks:
+            kind, _, rule = name.partition("/")
+            if kind not in get_args(Kind) or rule not in get_args(RuleName):
+                raise ConfigError(
+                    f"networks: {name!r} is not KIND/RULE with a kind of {', '.join(get_args(Kind))} and a rule of "
+                    f"{', '.join(get_args(RuleName))}"
+                )
+        if not self.networks or not self.seeds:
+            raise ConfigError("networks and seeds must name at least one each")
 
 
 @dataclass(frozen=True)
@@ -89,7 +125,14 @@ class Compare:
     """Where the curves are drawn."""
 
 
-COMMANDS: dict[str, type] = {"train": Train, "evaluate": Evaluate, "predict": Predict, "report": Report, "compare": Compare}
+COMMANDS: dict[str, type] = {
+    "train": Train,
+    "continual": Continual,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "report": Report,
+    "compare": Compare,
+}
 
 
 def parse(command: str, args: Sequence[str]) -> Any:
@@ -108,9 +151,9 @@ def parse(command: str, args: Sequence[str]) -> Any:
     defaults: dict[str, Any] = {}
     workdir = Path(_value(args, "workdir") or "")
     stored = stored_config(workdir)
-    if kind is Train:
+    if kind in (Train, Continual):
         began = stored_preset(workdir) if stored else None
-        preset = _value(args, "preset") or began or "demo"
+        preset = _value(args, "preset") or began or kind.__dataclass_fields__["preset"].default
         known = preset if preset in PRESETS else "demo"  # tyro says what is wrong with any other
         defaults = {"preset": known, "config": stored if stored and preset == began else PRESETS[known][1]}
     elif kind in (Evaluate, Predict):

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 Kind = Literal["dense", "dyntrm", "dfc", "dfc_hard"]
 RuleName = Literal["none", "backprop", "sars", "msaps"]
-Preset = Literal["smoke", "demo", "laptop", "arc1", "arc2"]
+Preset = Literal["smoke", "demo", "continual", "laptop", "arc1", "arc2"]
 
 
 class ConfigError(ValueError):
@@ -221,6 +221,9 @@ class DataConfig:
     """Sequence lengths that are compiled, in tokens, rising."""
     tokens_per_batch: int = 2048
     """Padded tokens in one batch; must be at least the longest bucket."""
+    sequence: int = 0
+    """Deal the tasks to this many stages and learn one after another, train.steps / data.sequence steps each, with no replay;
+    0 mixes them all."""
     drop_overlap: bool = False
     """Leave out training tasks and pairs that are also scored, instead of refusing to start."""
     skip_invalid: bool = False
@@ -240,6 +243,8 @@ class DataConfig:
         )
         _require(0 <= self.max_grid <= 30, f"data.max_grid must lie between 0 and 30, got {self.max_grid}")
         _require(self.smallest >= 0, f"data.smallest must not be negative, got {self.smallest}")
+        _require(self.sequence == 0 or self.sequence >= 2, f"data.sequence must be 0 or at least 2, got {self.sequence}")
+        _require(not (self.sequence and self.holdout), "data.holdout must be false with data.sequence: stages are tested instead")
 
 
 @dataclass(frozen=True)
@@ -327,6 +332,10 @@ class Config:
             "learning.rule backprop needs weights with a gradient: set model.weight to softmax or relu",
         )
         _require(
+            not self.data.sequence or self.train.steps % self.data.sequence == 0,
+            f"train.steps ({self.train.steps}) must be a multiple of data.sequence ({self.data.sequence})",
+        )
+        _require(
             self.eval.entropy_stop == 0 or self.model.recursed,
             "eval.entropy_stop needs model.recursed: stacked blocks have no early answer",
         )
@@ -404,6 +413,15 @@ PRESETS: dict[str, tuple[str, Config]] = {
         Config(
             data=DataConfig(smallest=30, buckets=(24, 32, 48, 64), tokens_per_batch=1024),
             train=TrainConfig(steps=2500, validate_every=500),
+        ),
+    ),
+    "continual": (
+        "the tasks of demo, three at a time and never again: how much is forgotten? A minute or two a network on two CPU cores",
+        Config(
+            model=ModelConfig(dim=64, heads=4, head_dim=16, active_heads=2, hidden=192, expert_hidden=96, depth=2),
+            optim=OptimConfig(decay_from=1.0, ema=0.0),
+            data=DataConfig(smallest=30, sequence=10, buckets=(64,), tokens_per_batch=1024),
+            train=TrainConfig(steps=500, checkpoint_every=100),
         ),
     ),
     "laptop": (

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +23,8 @@ from jax.sharding import Mesh
 
 from tinyonn_jax import __version__
 from tinyonn_jax.arc import submission
-from tinyonn_jax.arc.batches import batch_at, build_dataset, validation_batches
+from tinyonn_jax.arc.batches import Batch, batch_at, build_dataset, validation_batches
+from tinyonn_jax.arc.continual import build_stages
 from tinyonn_jax.arc.evaluate import evaluate as answer
 from tinyonn_jax.arc.evaluate import exact_per_recursion
 from tinyonn_jax.arc.tasks import Task, TaskSets, load_task_sets, parse_task, read_json
@@ -36,6 +37,7 @@ from tinyonn_jax.observe.console import Progress
 from tinyonn_jax.observe.writers import MetricsWriter, write_atomically
 from tinyonn_jax.training import assemble, loop, sharding
 from tinyonn_jax.training.checkpoint import Checkpoints, restore_params
+from tinyonn_jax.training.state import TrainState
 
 CONFIG, TASKS, ORIGIN, PARAMETERS = "config.json", "tasks.json", "run.json", "parameters.json"
 ROUTING, CHECKPOINTS = "routing_latest.npz", "checkpoints"
@@ -131,16 +133,16 @@ def train(run: Run, started: float | None = None) -> None:
     folder, config, sets = run.folder, run.config, run.sets
     process = (jax.process_index(), jax.process_count())
     mesh = sharding.make_mesh(config.mesh)
-    dataset = build_dataset(sets, config.data)
-    batches = partial(batch_at, dataset, config.train.seed, process=process, multiple=mesh.size)
-    program = assemble.assemble(config, mesh, len(sets.tasks), batch_at(dataset, config.train.seed, 0))
+    course = _course(run, process, mesh)
+    batches = partial(course.batch_at, config.train.seed, process=process, multiple=mesh.size)
+    program = assemble.assemble(config, mesh, len(sets.tasks), course.batch_at(config.train.seed, 0))
     parameters = assemble.count_parameters(program.spec)
     if process[0] == 0:
         write_atomically(folder / PARAMETERS, json.dumps(parameters, indent=2) + "\n")
 
     steps = config.train.steps
     say = Progress(steps, process=process[0]).line
-    for line in (sets.audit, *_skipped(sets), *sets.messages, *dataset.messages):
+    for line in (sets.audit, *_skipped(sets), *sets.messages, *course.messages):
         say(line)
     total, embeddings, routers = (parameters[name] for name in ("total", "embeddings", "routers"))
     say(f"parameters: {total:,}, of which {embeddings:,} in embeddings and {routers:,} in routers")
@@ -164,24 +166,57 @@ def train(run: Run, started: float | None = None) -> None:
                 np.savez(buffer, allow_pickle=False, **arrays)
                 write_atomically(folder / ROUTING, buffer.getvalue())
 
-        held_out = partial(validation_batches, dataset, process=process, multiple=mesh.size)
+        measure = assemble.make_validation(program)
+        validate = None if course.test is None else partial(course.test, measure)
+        schedule = replace(config.train, validate_every=steps // config.data.sequence) if config.data.sequence else config.train
         with _writer(folder, done, process[0]) as writer, Progress(steps, done, process[0]) as display:
+            if config.data.sequence and not done and validate is not None:
+                writer.write(0, validate(state))  # what forward transfer is measured against
             loop.run(
                 program.step,
                 state,
                 batches,
-                config.train,
+                schedule,
                 checkpoints,
                 writer,
                 display,
                 max_skipped=config.optim.max_skipped,
                 put=program.put,
                 tokens=lambda batch: int(batch.length.sum()) * process[1],
-                validate=assemble.make_validation(program, held_out) if sets.validation else None,
+                validate=validate,
                 on_checkpoint=snapshot,
                 started=started,
             )
     say(f"{steps} of {steps} steps done; {_next(folder)}")
+
+
+class _Course(NamedTuple):
+    """What a run learns from, as `batches.batch_at` without its dataset, what did not fit, and how a state is tested with the
+    measure that it is given."""
+
+    batch_at: Callable[..., Batch]
+    messages: tuple[str, ...]
+    test: Callable[[assemble.Validation, TrainState], dict[str, Any]] | None
+
+
+def _course(run: Run, process: tuple[int, int], mesh: Mesh) -> _Course:
+    """All tasks mixed, tested on held-out demonstrations if there are any; or stages one after another, all tested each time."""
+    config, sets = run.config, run.sets
+    if not config.data.sequence:
+        dataset = build_dataset(sets, config.data)
+        held_out = partial(validation_batches, dataset, process=process, multiple=mesh.size)
+        test = (lambda measure, state: measure(state, held_out())) if sets.validation else None
+        return _Course(partial(batch_at, dataset), dataset.messages, test)
+    stages = build_stages(sets, config.data, config.train.steps, config.train.seed, mesh.size)
+
+    def mine(rows: np.ndarray) -> np.ndarray:
+        return np.split(rows, process[1])[process[0]]
+
+    def test_all(measure: assemble.Validation, state: TrainState) -> dict[str, Any]:
+        found = [measure(state, (jax.tree.map(mine, batch),)) for batch in stages.tests]
+        return {f"stage_{what}": [each[f"valid_{what}"] for each in found] for what in ("acc", "exact")}
+
+    return _Course(stages.batch_at, tuple(m for dataset in stages.datasets for m in dataset.messages), test_all)
 
 
 @dataclass(frozen=True)

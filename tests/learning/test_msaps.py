@@ -40,7 +40,8 @@ def setup(cost="bias", seed=0, modules=M, x=None):
 
 def state(params, accuracy=0.0, rate=0.5):
     modules = params.router.proto.shape[0]
-    return MetaState({"": jnp.zeros(modules)}, jnp.float32(accuracy), {"": jnp.full(modules, rate)})
+    even = {"": jnp.full(modules, 1 / modules)}
+    return MetaState({"": jnp.zeros(modules)}, jnp.float32(accuracy), even, {"": jnp.full(modules, rate)})
 
 
 def objective(rule, params, routing, signals):

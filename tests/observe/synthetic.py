@@ -25,7 +25,8 @@ def rows(steps: int = 2200, every: int = 20, routed: bool = True, validate: int 
             "step": step, "main_loss": 2.4 * np.exp(-4.5 * t) * np.exp(noise(0.12)) + 0.02,
             "main_acc": float(np.clip(1 - 0.75 * np.exp(-4 * t) + noise(0.012), 0, 1)),
             "exact": float(np.clip(1 / (1 + np.exp(-9 * (t - 0.5))) + noise(0.04), 0, 1)),
-            "grad_norm_main": abs(1 + noise(0.2)), "lr_main": 0.02 * min(1, 2 - 2 * t), "skipped": int(step == 5 * every),
+            "grad_norm_main": abs(1 + noise(0.2)), "grad_norm_meta": 0.1 * abs(1 + noise(0.2)) if routed else 0.0,
+            "lr_main": 0.02 * min(1, 2 - 2 * t), "skipped": int(step == 5 * every),
             "tokens": tokens, "seconds": 14 + step * 0.13, "tokens_per_second": 16200 + noise(350),
         }  # fmt: skip
         if step % validate == 0 or step == steps:
@@ -42,7 +43,7 @@ def rows(steps: int = 2200, every: int = 20, routed: bool = True, validate: int 
                 layers[name] = {
                     "load": load.tolist(), "active_share": active / len(load), "dead_modules": int((load == 0).sum()),
                     "usage_entropy": float(-(load * np.log(load + 1e-12)).sum() / np.log(len(load))),
-                    "max_load": float(load.max() * len(load)),
+                    "max_load": float(load.max() * len(load)), "kl": 0.02 * np.exp(-3 * t + noise(0.2)),
                 }  # fmt: skip
             row |= {
                 "meta_loss": 1.9 - 0.5 * t + noise(0.02), "gating_acc": float(np.clip(0.3 + 0.5 * t + noise(0.02), 0, 1)),
@@ -50,7 +51,7 @@ def rows(steps: int = 2200, every: int = 20, routed: bool = True, validate: int 
                 "surprise_param": 2.0 * np.exp(-2.5 * t + noise(0.15)), "pi": float(np.clip(0.6 + 0.35 * t + noise(0.01), 0, 1)),
                 "ema_acc": 1 - 0.75 * np.exp(-4 * t), "active_share": 0.25,
                 "good_share": 0.5, "bad_share": 0.25, "idle_share": 0.25,
-                "layers": layers,
+                "layers": layers, "elbo": -row["main_loss"] - sum(layer["kl"] for layer in layers.values()),
             }  # fmt: skip
         out.append(row | ({"main_loss": None} if row["skipped"] else {}))
     return out

@@ -1,7 +1,6 @@
 """What a configuration is turned into: counts of parameters, validation, snapshots of routing, one compilation."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import numpy as np
@@ -51,7 +50,7 @@ def test_validation_agrees_with_the_evaluation_and_with_a_loop(data):
     mesh = sharding.make_mesh(MeshConfig(data=2))
     program = assemble.assemble(config, mesh, len(sets.tasks), batch_at(dataset, 0, 0))
     state = program.initial()
-    found = assemble.make_validation(program, partial(validation_batches, dataset, multiple=2))(state)
+    found = assemble.make_validation(program)(state, validation_batches(dataset, multiple=2))
     params = jax.device_put(jax.device_get(state.ema))
     apply = jax.jit(lambda batch: transformer.apply(params, batch, config.model).logits)
     assert found["valid_exact"] == pytest.approx(teacher_forced_exact(apply, validation_batches(dataset)))

@@ -14,7 +14,7 @@ from tests.models import tiny
 from tinyonn_jax.config import Config, MeshConfig, OptimConfig
 from tinyonn_jax.layers import dynmoe
 from tinyonn_jax.layers.routing import RouterConfig
-from tinyonn_jax.learning import backprop, none, sars
+from tinyonn_jax.learning import backprop, msaps, none, sars
 from tinyonn_jax.learning.rule import initial
 from tinyonn_jax.models import transformer
 from tinyonn_jax.training import sharding
@@ -150,8 +150,11 @@ def test_metrics_of_a_step(with_sars):
         "dead_modules",
         "gate_mean",
         "entropy_share",
+        "kl",
     ):
         assert np.isfinite(metrics[name]), name
+    divergences = sum(float(layer["kl"]) for layer in metrics["layers"].values())
+    assert divergences > 0 and float(metrics["elbo"]) == pytest.approx(-float(metrics["main_loss"]) - divergences, rel=1e-6)
     assert float(metrics["active_share"]) == pytest.approx(2 / 3)
     for share in ("good_share", "bad_share", "idle_share"):
         assert float(metrics[share]) == pytest.approx(np.mean([metrics["layers"][n][share] for n in "ab"]), rel=1e-5)
@@ -253,16 +256,17 @@ def test_rule_none_leaves_routers_bit_identical_and_backprop_moves_them(name):
     assert ("loss_balance" in metrics) == (name == "backprop")
 
 
-def test_eight_devices_give_the_gradients_and_signals_of_one():
-    cfg = tiny.config()
-    loss_fn, rule = make_loss(Config(model=cfg), sars()), sars()
+@pytest.mark.parametrize(("cfg", "rule"), [(tiny.config(), sars()), (tiny.config("dfc", recursed=False), msaps())])
+def test_eight_devices_give_the_gradients_and_signals_of_one(cfg, rule):
+    loss_fn = make_loss(Config(model=cfg), rule)
     spec, params = transformer.spec(cfg, tiny.TASKS), tiny.params(cfg)
     batch = tiny.batch(8)
+    meta = rule.init(params, jax.eval_shape(loss_fn, params, None, batch)[1].routings)
 
     @jax.jit
     def run(params, batch):
-        grads, routings, signals, metrics = gradients(loss_fn, rule, params, None, batch)
-        return grads, signals, metrics, {name: r.index for name, r in routings.items()}
+        grads, routings, signals, metrics = gradients(loss_fn, rule, params, meta, batch)
+        return grads, signals, metrics, {name: (r.slots, r.active) for name, r in routings.items()}
 
     def on(mesh_config):
         mesh = sharding.make_mesh(mesh_config)

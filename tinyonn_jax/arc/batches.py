@@ -5,7 +5,7 @@ bucketed by length under a fixed token budget. Letters: B batch, T positions (th
 V views of each (8 dihedral ones, or 1), S stored tokens.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import lcm
@@ -84,8 +84,8 @@ class Dataset:
         return len(self.training.blocks)
 
 
-def build_dataset(sets: TaskSets, cfg: DataConfig) -> Dataset:
-    """Serialises what `sets` trains and validates on.
+def build_dataset(sets: TaskSets, cfg: DataConfig, rows: Collection[int] | None = None) -> Dataset:
+    """Serialises what `sets` trains and validates on; with `rows`, of the tasks in these rows alone.
 
     In the `context` format, each training pair of a task is the target once, after the task's other demonstrations. A sequence
     with a view longer than the largest bucket is left out, and counted in `messages`.
@@ -99,6 +99,8 @@ def build_dataset(sets: TaskSets, cfg: DataConfig) -> Dataset:
     def layouts(targets: Iterable[tuple[int, Pair]], views: int, what: str) -> Layouts:
         fit, too_long, longest = [], 0, 0
         for row, target in targets:
+            if rows is not None and row not in rows:
+                continue
             shown = [pair for pair in sets.tasks[row].train if pair is not target] if cfg.format == "context" else []
             encoded = [_encode(shown, target, view) for view in range(views)]
             length = max(len(e.tokens) for e in encoded)

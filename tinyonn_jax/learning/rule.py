@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tinyonn_jax.layers.routing import Router, Routing, effective, per_module, routing_logits, select, served
+from tinyonn_jax.learning import variational
 from tinyonn_jax.learning.signals import Signals
 
 Routers = dict[str, Router]
@@ -28,11 +29,13 @@ class MetaState:
     """What learning remembers between steps.
 
     `records`: for each routed layer, the slots its modules have served so far, `[M]` (`[L,M]` with blocks of their own);
-    `accuracy`: moving average of the main accuracy; `rule`: whatever else the rule keeps.
+    `accuracy`: moving average of the main accuracy; `prior`: moving average of each layer's mean routing distribution, of the
+    same shape as its records, even at first; `rule`: whatever else the rule keeps.
     """
 
     records: dict[str, Array]
     accuracy: Array
+    prior: dict[str, Array]
     rule: Any = None
 
 
@@ -137,17 +140,19 @@ def initial(params: Any, routings: Routings) -> MetaState:
             f"routings {sorted(routings)} do not match the routed layers of params {sorted(found)}: name each by its dotted path"
         )
     records = {name: jnp.zeros(router.proto.shape[:-1], jnp.float32) for name, router in found.items()}
-    return MetaState(records=records, accuracy=jnp.float32(0))
+    even = {name: jnp.full_like(total, 1 / total.shape[-1]) for name, total in records.items()}
+    return MetaState(records=records, accuracy=jnp.float32(0), prior=even)
 
 
 def record(meta: MetaState, routings: Routings, signals: dict[str, Signals], metrics: Metrics, decay: float = 0.99) -> MetaState:
-    """Adds this step's use of every module, and moves the accuracy average towards `metrics["main_acc"]`, if it is there."""
+    """Adds this step's use of every module, and moves the averages: of routing, and of `metrics["main_acc"]`, if it is there."""
     records = {}
     for name, total in meta.records.items():
         used = served(routings[name])  # [*R,M]
         records[name] = total + (used if used.ndim == total.ndim else used.sum(0))
     accuracy = metrics.get("main_acc", meta.accuracy)
-    return replace(meta, records=records, accuracy=decay * meta.accuracy + (1 - decay) * accuracy)
+    prior = {name: variational.follow(old, routings[name], decay) for name, old in meta.prior.items()}
+    return replace(meta, records=records, prior=prior, accuracy=decay * meta.accuracy + (1 - decay) * accuracy)
 
 
 def load_balance(weight: Float[Array, "*R N K"], routing: Routing) -> Array:

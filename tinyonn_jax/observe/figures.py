@@ -67,7 +67,7 @@ def _style(ax: Axes, title: str = "") -> Axes:
     return ax
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure that lays itself out; sizes in inches."""
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
@@ -234,6 +234,28 @@ def _alive(ax: Axes, rows: Sequence[Row]) -> None:
     _legend(ax)
 
 
+def _divergence(ax: Axes, rows: Sequence[Row]) -> None:
+    """The VAE view: KL of each batch's routing from its moving prior, and the ELBO proxy."""
+    layers = [name for name in layer_names(rows) if len(column(rows, "layers", name, "kl")[0])]
+    if not layers:
+        return _empty(ax, NO_LAYERS if rows else NOTHING)
+    for name in _last_of_each_kind(layers):
+        _curve(ax, rows, ("layers", name, "kl"), _name(name), _colour(name))
+    _log(ax)
+    right = _twin(ax, "ELBO proxy", GREEN)
+    _curve(right, rows, "elbo", "ELBO (right)", GREEN)
+    _legend(ax, right)
+
+
+def _gradients(ax: Axes, rows: Sequence[Row]) -> None:
+    _curve(ax, rows, "grad_norm_main", "main", BLUE)
+    _curve(ax, rows, "grad_norm_meta", "meta", RED)
+    if not ax.lines:
+        return _empty(ax, NOTHING)
+    _log(ax)
+    _legend(ax)
+
+
 CORE_PANELS: tuple[tuple[str, Callable[[Axes, Sequence[Row]], None]], ...] = (
     ("Loss", _losses),
     ("Accuracy", _accuracies),
@@ -241,13 +263,16 @@ CORE_PANELS: tuple[tuple[str, Callable[[Axes, Sequence[Row]], None]], ...] = (
     ("Surprise and tau", _surprise),
     ("Active modules", _activation),
     ("Modules alive", _alive),
+    ("KL of routing from its prior", _divergence),
+    ("Gradient norms", _gradients),
 )
 
 
 def core_metrics(rows: Sequence[Row]) -> Figure:
-    """Losses, accuracies, predictive integrity, surprise and tau, active modules per token, modules alive: 3 x 2 panels."""
-    figure = _figure(10.5, 10)
-    axes = figure.subplots(3, 2)
+    """Losses, accuracies, predictive integrity, surprise and tau, active modules per token, modules alive, KL of
+    the routing from its prior with the ELBO proxy, gradient norms: 4 x 2 panels."""
+    figure = new_figure(10.5, 13)
+    axes = figure.subplots(4, 2)
     for ax, (title, draw) in zip(axes.flat, CORE_PANELS, strict=True):
         _steps(_style(ax, title))
         draw(ax, rows)
@@ -381,7 +406,7 @@ def expert_dashboard(rows: Sequence[Row], routing: Routing | None = None) -> Fig
     routing = routing or {}
     saved = [key.removesuffix(".proto") for key in routing if key.endswith(".proto")]
     layers = _last_of_each_kind(layer_names(rows) or saved)
-    figure = _figure(10.5, max(8.4, 3.4 * len(layers)) if layers else 3.5)
+    figure = new_figure(10.5, max(8.4, 3.4 * len(layers)) if layers else 3.5)
     measured = any(np.any(_snapshot(routing, layer, "goodness")) for layer in layers)
     panels = figure.add_gridspec(2, 2)
     for k, (title, draw) in enumerate(EXPERT_PANELS):
@@ -418,7 +443,7 @@ def expert_dashboard(rows: Sequence[Row], routing: Routing | None = None) -> Fig
 
 def compare_figure(runs: Mapping[str, Sequence[Row]]) -> Figure:
     """Loss, share of exact sequences and tokens per second of several runs, over steps."""
-    figure = _figure(10.5, 3.9)
+    figure = new_figure(10.5, 3.9)
     panels = (("main_loss", "Loss"), ("exact", "Whole grids right"), ("tokens_per_second", "Tokens per second"))
     for ax, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
         _steps(_style(ax, title))

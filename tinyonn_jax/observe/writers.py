@@ -87,7 +87,7 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Appends rows to `folder/metrics.jsonl` and scalars to `folder/tensorboard/`; use as a context manager, or `close`.
 
-    `resume_step` is the step of the checkpoint that the run continues from (0: from the start).
+    `resume_step` is the step of the checkpoint that the run continues from (0: from the start; every row is dropped).
 
     Raises:
         ConfigError: `metrics.jsonl` holds something else.
@@ -98,7 +98,7 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
         before = _text(path)
-        kept = "".join(f"{line}\n" for line, row in _rows(before, path) if row["step"] <= resume_step)
+        kept = "".join(f"{line}\n" for line, row in _rows(before, path) if resume_step and row["step"] <= resume_step)
         if kept != before:
             write_atomically(path, kept)
         self._file = path.open("a", encoding="utf-8")

@@ -4,7 +4,7 @@ Letters: D model, M modules, L layers.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jaxtyping import Array
 from tinyonn_jax.arc.batches import Batch
 from tinyonn_jax.arc.evaluate import exact
 from tinyonn_jax.arc.generate import Decoder
-from tinyonn_jax.config import Config
+from tinyonn_jax.config import Config, ConfigError, ModelConfig
 from tinyonn_jax.layers import base
 from tinyonn_jax.layers.routing import data_init
 from tinyonn_jax.learning.rule import LearningRule, layers, replace_layer, routers
@@ -28,6 +28,8 @@ from tinyonn_jax.training.objective import make_loss, make_rule, token_losses
 from tinyonn_jax.training.optim import make_optimizer, schedule
 from tinyonn_jax.training.state import TrainState
 from tinyonn_jax.training.step import LossFn, Step, make_train_step
+
+Validation = Callable[[TrainState, Iterable[Batch]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ def _make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, like), everywhere))
 
 
-def make_validation(program: Program, batches: Callable[[], Iterable[Batch]]) -> Callable[[TrainState], dict[str, float]]:
-    """Measures the average of a state's parameters on `batches()`: loss a token, accuracy of tokens, share of exact sequences."""
+def make_validation(program: Program) -> Validation:
+    """Measures the average of a state's parameters on batches: loss a token, accuracy of tokens, share of exact sequences."""
     cfg = program.config.model
 
     @jax.jit
@@ -105,12 +107,31 @@ def make_validation(program: Program, batches: Callable[[], Iterable[Batch]]) ->
         each = (loss * batch.loss_mask, right * batch.loss_mask, exact(logits, batch) & real, batch.loss_mask, real)
         return jnp.stack([jnp.sum(x).astype(jnp.float32) for x in each])
 
-    def validate(state: TrainState) -> dict[str, float]:
-        parts = [np.asarray(sums(state.ema, program.put(batch)), np.float64) for batch in batches()]
+    def validate(state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
+        parts = [np.asarray(sums(state.ema, program.put(batch)), np.float64) for batch in batches]
         loss, right, whole, tokens, sequences = np.sum(parts, 0).tolist()
         return {"valid_loss": loss / tokens, "valid_acc": right / tokens, "valid_exact": whole / sequences}
 
     return validate
+
+
+def narrowed(cfg: ModelConfig, parameters: int) -> ModelConfig:
+    """The configuration with the hidden width (of an expert, for dyntrm) that brings its blocks nearest to so many parameters.
+
+    Raises:
+        ConfigError: its other parts alone have more.
+    """
+    name = "expert_hidden" if cfg.kind == "dyntrm" else "hidden"
+
+    def size(width: int) -> int:
+        groups = count_parameters(transformer.spec(replace(cfg, **{name: width}), 1))["groups"]
+        return sum(number for group, number in groups.items() if group.startswith("block"))
+
+    slope = size(2) - size(1)  # the count is linear in the width
+    width = 1 + round((parameters - size(1)) / slope)
+    if width < 1:
+        raise ConfigError(f"parameters {parameters:,} are too few: a block of kind {cfg.kind} has {size(1):,} at model.{name} 1")
+    return replace(cfg, **{name: width})
 
 
 def make_decoder(config: Config, mesh: Mesh) -> Decoder:

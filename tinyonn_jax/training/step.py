@@ -21,8 +21,9 @@ from jaxtyping import Array
 from tinyonn_jax.layers.routing import Routing
 from tinyonn_jax.layers.tap import Tap
 from tinyonn_jax.learning import signals as surprise
+from tinyonn_jax.learning import variational
 from tinyonn_jax.learning.integrity import predictive_integrity
-from tinyonn_jax.learning.rule import LearningRule, layers, replace_layer, routers
+from tinyonn_jax.learning.rule import LearningRule, MetaState, layers, replace_layer, routers
 from tinyonn_jax.training.optim import names
 from tinyonn_jax.training.state import TrainState
 
@@ -39,7 +40,7 @@ LossFn = Callable[[Any, dict[str, Tap] | None, Any], tuple[Array, Aux]]
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 
-def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: Any, batch: Any):
+def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: MetaState, batch: Any):
     """Gradients of one batch: main for modules, meta (plus main, for rules without isolation) for routers.
 
     Returns (grads, routings, signals, metrics).
@@ -66,18 +67,21 @@ def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: Any, batch
         "main_loss": loss,
         "meta_loss": meta_loss,
         **aux.metrics,
-        **_routing_metrics(params, aux.routings, signals, rule_metrics),
+        **_routing_metrics(params, aux.routings, signals, rule_metrics, meta),
     }
+    if aux.routings:
+        metrics["elbo"] = -loss - sum(layer["kl"] for layer in metrics["layers"].values())
     return grads, aux.routings, signals, metrics
 
 
-def _routing_metrics(params: Any, routings: Any, signals: Any, rule_metrics: Any) -> dict[str, Any]:
+def _routing_metrics(params: Any, routings: Any, signals: Any, rule_metrics: Any, meta: MetaState) -> dict[str, Any]:
     """Per layer under `layers`, and their averages at the top."""
     rule_metrics = dict(rule_metrics)
     per_layer = rule_metrics.pop("layers", {})
     found = {
         name: {
             **surprise.summary(routing, signals[name]),
+            "kl": variational.divergence(variational.posterior(routing, meta.prior[name]), meta.prior[name]),
             "gate_mean": jnp.mean(routers(params)[name].gate),
             "gate_std": jnp.std(routers(params)[name].gate),
             "gate_max": jnp.max(routers(params)[name].gate),

@@ -1,0 +1,31 @@
+"""The routing seen as a variational autoencoder (seed 0; MECHANISMS §10): diagnostics that nothing learns from.
+
+    reconstruction = main loss        posterior q = mean routing distribution of the batch        prior p = its moving average
+    KL(q ‖ p) for each router         ELBO proxy = −(main loss + Σ KL)
+
+Letters: N tokens, M modules; a leading axis of recursions or layers.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tinyonn_jax.layers.routing import Routing, per_module
+
+TINY = 1e-12
+
+
+def posterior(routing: Routing, prior: Float[Array, "*L M"]) -> Float[Array, "*L M"]:
+    """Each module's share of the weight that a batch gave out, over all recursions; all zero if it gave none."""
+    weight = jnp.sum(per_module(routing.weight, routing), -2)  # [*R,M]
+    weight = weight if weight.ndim == prior.ndim else weight.sum(0)
+    return weight / jnp.maximum(jnp.sum(weight, -1, keepdims=True), TINY)
+
+
+def divergence(q: Float[Array, "*L M"], p: Float[Array, "*L M"]) -> Float[Array, ""]:
+    """KL(q ‖ p) in nats, summed over layers; modules that q leaves out add nothing."""
+    return jnp.sum(q * (jnp.log(jnp.maximum(q, TINY)) - jnp.log(jnp.maximum(p, TINY))))
+
+
+def follow(prior: Float[Array, "*L M"], routing: Routing, decay: float) -> Float[Array, "*L M"]:
+    """The prior after a batch: it keeps the share `decay` of itself, and takes the rest from the batch's posterior."""
+    return decay * prior + (1 - decay) * posterior(routing, prior)
