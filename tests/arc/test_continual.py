@@ -100,5 +100,5 @@ def test_settings_that_cannot_be():
         DataConfig(sequence=1)
     with pytest.raises(ConfigError, match="holdout must be false"):
         DataConfig(sequence=2, holdout=True)
-    with pytest.raises(ConfigError, match="must be a multiple of data.sequence"):
+    with pytest.raises(ConfigError, match="must be a multiple of"):
         Config(data=DataConfig(sequence=7))

@@ -9,7 +9,7 @@ import pytest
 from tinyonn_jax.arc.batches import Dataset, batch_at, build_dataset, validation_batches
 from tinyonn_jax.arc.evaluate import teacher_forced_exact
 from tinyonn_jax.arc.tasks import TaskSets, load_task_sets
-from tinyonn_jax.config import PRESETS, Config, MeshConfig
+from tinyonn_jax.config import PRESETS, Config, ConfigError, MeshConfig
 from tinyonn_jax.layers import base
 from tinyonn_jax.learning.rule import routers
 from tinyonn_jax.models import transformer
@@ -96,3 +96,16 @@ def test_a_snapshot_shares_out_what_was_used(data):
     # The state keeps its shardings and types, so that the second step does not compile anew.
     program.step(state, program.put(batch))
     assert program.step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@pytest.mark.parametrize("kind", ["dense", "dyntrm", "dfc", "dfc_hard"])
+def test_widths_are_chosen_for_equal_numbers_of_parameters(kind):
+    model = assemble.narrowed(dataclasses.replace(PRESETS["continual"][1].model, kind=kind), 100_000)
+    groups = assemble.count_parameters(transformer.spec(model, 1))["groups"]
+    blocks = sum(number for name, number in groups.items() if name.startswith("block"))
+    assert blocks == pytest.approx(100_000, rel=0.01)
+
+
+def test_too_few_parameters_are_refused():
+    with pytest.raises(ConfigError, match="a block of kind dfc has"):
+        assemble.narrowed(dataclasses.replace(PRESETS["continual"][1].model, kind="dfc"), 1000)

@@ -173,6 +173,29 @@ def test_a_truncated_newest_checkpoint_costs_only_time(first, copy):
     same(first[0], copy)
 
 
+def test_stages_are_summed_up_and_resume_bit_for_bit(tmp_path):
+    """With M-SAPS and prototype streams, whose state holds the most."""
+    small = (
+        *("continual", "--preset", "smoke", "--data.sequence", "2", "--data.buckets", "48", "--model.no-recursed"),
+        *("--train.steps", "20", "--train.checkpoint-every", "5", "--networks", "dfc/msaps", "--seeds", "1"),
+        *("--parameters", "60000"),
+    )
+    done = run(*small, "--workdir", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    assert "dfc/msaps" in done.stdout and "forgetting" in done.stdout
+    network = tmp_path / "a" / "dfc-msaps-1"
+    assert [row["step"] for row in rows(network) if "stage_acc" in row] == [0, 10, 20]
+    results = json.loads((tmp_path / "a" / "continual.json").read_text())
+    assert np.shape(results["dfc/msaps"]["stage_acc"]["matrices"]) == (1, 3, 2)
+    assert (tmp_path / "a" / "continual.png").stat().st_size > 10_000
+
+    other = Path(shutil.copytree(tmp_path / "a", tmp_path / "b")) / network.name
+    shutil.rmtree(other / "checkpoints" / "20")
+    done = run(*small, "--workdir", tmp_path / "b")
+    assert done.returncode == 0 and "going on from step 15" in done.stdout, done.stderr
+    same(network, other)
+
+
 def test_another_number_of_devices_goes_on(first, copy, monkeypatch, capsys):
     shutil.rmtree(copy / "checkpoints" / "60")
     assert here(monkeypatch, "train", "--workdir", copy, "--mesh.data", "2", "--mesh.fsdp", "4") == 0
@@ -217,11 +240,14 @@ def bad_tasks(folder: Path) -> Path:
 
 
 MISTAKES = {
-    "no such command": (["fly"], "train, evaluate, predict, report, compare"),
+    "no such command": (["fly"], "train, continual, evaluate, predict, report, compare"),
     "a value that cannot be": (["train", "--workdir", "{}", "--model.dim", "0"], "model.dim must be at least 1"),
     "fields that do not fit": (["train", "--workdir", "{}", "--data.format", "context"], "model.task_embedding"),
     "devices that do not divide": (["train", "--preset", "smoke", "--workdir", "{}", "--mesh.fsdp", "3"], "mesh.fsdp (3)"),
     "no such tasks": (["train", "--workdir", "{}", "--data.train", "nowhere"], "data.train: 'nowhere' does not exist"),
+    "no such network": (["continual", "--workdir", "{}", "--networks", "dense"], "'dense' is not KIND/RULE"),
+    "nothing in stages": (["continual", "--workdir", "{}", "--preset", "demo"], "preset demo mixes its tasks"),
+    "too narrow": (["continual", "--workdir", "{}", "--parameters", "1000"], "parameters 1,000 are too few"),
     "no such folder": (["evaluate", "--workdir", "{}"], "no such run folder"),
     "no folder to report on": (["report", "--workdir", "{}"], "no such run folder"),
 }
