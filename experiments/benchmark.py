@@ -202,12 +202,14 @@ def large() -> Iterator[Row]:
 
 
 def neurons() -> Iterator[Row]:
-    """Routed neurons: hard gating with SARS, and soft gating with the whole of M-SAPS, against the plain step."""
+    """Routed neurons against the plain step: hard gating with signals alone and with SARS, soft gating with all of M-SAPS."""
     batch = random_batch(16, 128)
-    for kind, rule, limit in (("dfc_hard", "sars", 1.10), ("dfc", "msaps", 1.20)):
+    for kind, limits in (("dfc_hard", {"none": 1.10, "sars": 1.10}), ("dfc", {"msaps": 1.20})):
         model = ModelConfig(kind=kind, recursed=False)  # pyright: ignore[reportArgumentType]
-        m = medians({"signals": whole_step(model, batch, rule)[0], "plain": plain_step(model, batch)})
-        yield Row(f"neurons: {kind} step with {rule} ÷ plain step", m["signals"] / m["plain"], limit)
+        m = medians({rule: whole_step(model, batch, rule)[0] for rule in limits} | {"plain": plain_step(model, batch)})
+        for rule, limit in limits.items():
+            what = "all signals" if rule == "none" else f"all signals and {rule}"
+            yield Row(f"neurons: {kind} step with {what} ÷ plain step", m[rule] / m["plain"], limit)
 
 
 def large_neurons() -> Iterator[Row]:

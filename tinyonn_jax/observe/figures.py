@@ -92,7 +92,7 @@ def _legend(*axes: Axes) -> None:
     entries = _entries(axes)
     if entries:
         axes[0].legend(
-            entries.values(), entries.keys(), loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=5, fontsize=8, frameon=False,
+            entries.values(), entries.keys(), loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=7, fontsize=8, frameon=False,
             labelcolor=INK, handlelength=0.9, columnspacing=0.8, handletextpad=0.4, borderaxespad=0.2,
         )  # fmt: skip
 
@@ -140,6 +140,14 @@ def _twin(ax: Axes, label: str, colour: str) -> Axes:
 
 def _colour(layer: str) -> str:
     return PURPLE if "attention" in layer else BLUE
+
+
+def _curves(layers: Sequence[str]) -> list[tuple[str, str, str]]:
+    """The last block's layers with what to call their curves and how to colour them: heads and experts, or roles of neurons."""
+    last = _last_of_each_kind(layers)
+    if len(last) <= 2:
+        return [(name, _name(name), _colour(name)) for name in last]
+    return [(name, name.rpartition(".")[2], SERIES[i % len(SERIES)]) for i, name in enumerate(last)]
 
 
 def _name(layer: str) -> str:
@@ -208,12 +216,12 @@ def _activation(ax: Axes, rows: Sequence[Row]) -> None:
     if not layers:
         return _empty(ax, NO_LAYERS if rows else NOTHING)
     right = _twin(ax, "Act% (dashed)", MUTED)
-    for i, name in enumerate(_last_of_each_kind(layers)):
+    for i, (name, label, colour) in enumerate(_curves(layers)):
         steps, shares = column(rows, "layers", name, "active_share")
         modules = loads(rows, name)[1].shape[1]
         if modules:
-            ax.plot(steps, shares * modules, color=_colour(name), linewidth=1.8, label=_name(name))
-        right.plot(steps, shares, color=_colour(name), linewidth=1.2, linestyle=(5 * i, (4, 6)))
+            ax.plot(steps, shares * modules, color=colour, linewidth=1.8, label=label)
+        right.plot(steps, shares, color=colour, linewidth=1.2, linestyle=(5 * i, (4, 6)))
     ax.set_ylim(bottom=0, top=1.15 * max(ax.get_ylim()[1], 1))
     right.set_ylim(0, max(1.15 * right.get_ylim()[1], 0.01))
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -225,11 +233,13 @@ def _alive(ax: Axes, rows: Sequence[Row]) -> None:
     layers = [name for name in layer_names(rows) if len(loads(rows, name)[0])]
     if not layers:
         return _empty(ax, NO_LAYERS if rows else NOTHING)
-    for name in _last_of_each_kind(layers):
+    curves = _curves(layers)
+    for name, label, colour in curves:
         steps, load = loads(rows, name)
-        ax.plot(steps, (load > 0).sum(1), color=_colour(name), linewidth=1.8, label=f"{_name(name)}, of {load.shape[1]}")
-        ax.axhline(load.shape[1], color=_colour(name), linewidth=0.8, linestyle=":")
-    ax.set_ylim(0, 1.1 * max(loads(rows, name)[1].shape[1] for name in _last_of_each_kind(layers)))
+        of = f", of {load.shape[1]}" if len(curves) <= 2 else ""
+        ax.plot(steps, (load > 0).sum(1), color=colour, linewidth=1.8, label=label + of)
+        ax.axhline(load.shape[1], color=MUTED if len(curves) > 2 else colour, linewidth=0.8, linestyle=":")
+    ax.set_ylim(0, 1.1 * max(loads(rows, name)[1].shape[1] for name, _, _ in curves))
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     _legend(ax)
 
@@ -239,11 +249,11 @@ def _divergence(ax: Axes, rows: Sequence[Row]) -> None:
     layers = [name for name in layer_names(rows) if len(column(rows, "layers", name, "kl")[0])]
     if not layers:
         return _empty(ax, NO_LAYERS if rows else NOTHING)
-    for name in _last_of_each_kind(layers):
-        _curve(ax, rows, ("layers", name, "kl"), _name(name), _colour(name))
+    for name, label, colour in _curves(layers):
+        _curve(ax, rows, ("layers", name, "kl"), label, colour)
     _log(ax)
-    right = _twin(ax, "ELBO proxy", GREEN)
-    _curve(right, rows, "elbo", "ELBO (right)", GREEN)
+    right = _twin(ax, "ELBO proxy (dotted)", INK)
+    _curve(right, rows, "elbo", "ELBO", INK, linestyle=":")
     _legend(ax, right)
 
 
@@ -263,7 +273,7 @@ CORE_PANELS: tuple[tuple[str, Callable[[Axes, Sequence[Row]], None]], ...] = (
     ("Surprise and tau", _surprise),
     ("Active modules", _activation),
     ("Modules alive", _alive),
-    ("KL of routing from its prior", _divergence),
+    ("Routing KL", _divergence),
     ("Gradient norms", _gradients),
 )
 
