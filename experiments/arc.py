@@ -13,7 +13,7 @@ from typing import Any  # noqa: E402
 from tinyonn_jax import cli, runs  # noqa: E402
 from tinyonn_jax.arc import submission  # noqa: E402
 from tinyonn_jax.config import ConfigError  # noqa: E402
-from tinyonn_jax.observe import continual, figures, grids, report  # noqa: E402
+from tinyonn_jax.observe import axes, continual, grids, report  # noqa: E402
 from tinyonn_jax.observe.console import print_grids, table  # noqa: E402
 from tinyonn_jax.observe.metrics import percent  # noqa: E402
 from tinyonn_jax.training import assemble  # noqa: E402
@@ -84,7 +84,7 @@ def predict(args: cli.Predict) -> None:
         print_grids([(f"input {i}", question), (f"output {i}", answer)])
     for entry in entries:
         print_grids([("test input", entry["input"]), ("truth", entry["truth"]), *grids.answers(entry)])
-    print(figures.save(grids.task_figure(task.id, entries, shown), args.workdir / "figures" / f"task_{task.id}.png"))
+    print(axes.save(grids.task_figure(task.id, entries, shown), args.workdir / "figures" / f"task_{task.id}.png"))
 
 
 def write_report(args: cli.Report) -> None:

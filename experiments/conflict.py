@@ -36,7 +36,7 @@ from tinyonn_jax.layers.routing import RouterConfig
 from tinyonn_jax.learning.conflict import meet, meta_gradient
 from tinyonn_jax.learning.rule import LearningRule, MetaState, layers, none, replace_layer, routers
 from tinyonn_jax.learning.sars import sars
-from tinyonn_jax.observe import figures
+from tinyonn_jax.observe import axes
 from tinyonn_jax.observe.conflict import conflict_figure
 from tinyonn_jax.observe.console import table
 from tinyonn_jax.observe.metrics import column, percent
@@ -301,7 +301,7 @@ def main() -> None:
     settings = {"steps": args.steps, "seeds": args.seed, "temper": args.temper, "beta": args.temper / count, "cells": count}
     text = json.dumps({"settings": settings, "runs": found}, indent=1)
     print(write_atomically(args.workdir / "conflict.json", text + "\n"))
-    print(figures.save(conflict_figure(found), args.workdir / "conflict.png"))
+    print(axes.save(conflict_figure(found), args.workdir / "conflict.png"))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from tests.observe import synthetic
-from tinyonn_jax.observe import figures
+from tinyonn_jax.observe import axes, figures
 from tinyonn_jax.observe.figures import NO_LAYERS, NOT_MEASURED, compare_figure, core_metrics, expert_dashboard, write_dashboards
 
 
@@ -88,8 +88,8 @@ def test_principal_axes_are_those_of_the_covariance():
 
 
 def test_smoothing_keeps_constants_and_halves_nothing_at_the_ends():
-    np.testing.assert_allclose(figures._smooth(np.full(100, 3.0)), 3.0)
-    assert figures._smooth(np.arange(100.0))[0] == pytest.approx(1.0)  # mean of 0, 1, 2: half of a window of five
+    np.testing.assert_allclose(axes.smooth(np.full(100, 3.0)), 3.0)
+    assert axes.smooth(np.arange(100.0))[0] == pytest.approx(1.0)  # mean of 0, 1, 2: half of a window of five
 
 
 def test_compare_figure_draws_every_run_and_says_what_is_missing():

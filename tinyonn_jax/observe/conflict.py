@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from tinyonn_jax.observe.figures import INK, MUTED, SERIES, _entries, _figure, _log, _steps, _style
+from tinyonn_jax.observe.axes import INK, MUTED, SERIES, legend_entries, log_axis, new_figure, step_axis, style
 from tinyonn_jax.observe.metrics import Row, column
 
 PANELS = (
@@ -26,9 +26,9 @@ def conflict_figure(networks: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
     `networks`: by name, the rows of each seed's run, with keys `step`, `cosine` (None: undefined), `shared_share`, `task_loss`.
     Lines are means over seeds, bands reach from the lowest to the highest seed.
     """
-    figure = _figure(10.5, 4.1)
+    figure = new_figure(10.5, 4.1)
     for ax, (key, title) in zip(figure.subplots(1, 3), PANELS, strict=True):
-        _steps(_style(ax, title))
+        step_axis(style(ax, title))
         ax.set_xlabel("step", color=MUTED, fontsize=8.5)
         undefined = [
             name for i, (name, runs) in enumerate(networks.items()) if not _band(ax, runs, key, name, SERIES[i % len(SERIES)])
@@ -42,8 +42,8 @@ def conflict_figure(networks: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
             ax.set_ylim(-0.03, 1.03)
             ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         else:
-            _log(ax)
-    entries = _entries(figure.axes)
+            log_axis(ax)
+    entries = legend_entries(figure.axes)
     look = {"ncols": min(len(entries), 4) or 1, "frameon": False, "fontsize": 9, "labelcolor": INK}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", **look)
     return figure

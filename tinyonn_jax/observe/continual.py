@@ -16,7 +16,7 @@ from scipy.stats import t as student
 
 from tinyonn_jax.arc.continual import MEASURES, measures
 from tinyonn_jax.config import ConfigError
-from tinyonn_jax.observe.figures import INK, MUTED, SHARE_COLOURS, new_figure, save
+from tinyonn_jax.observe.axes import INK, MUTED, SHARE_COLOURS, new_figure, save
 from tinyonn_jax.observe.metrics import lookup, percent
 from tinyonn_jax.observe.writers import read_metrics, write_atomically
 

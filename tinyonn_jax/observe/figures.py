@@ -1,42 +1,49 @@
 """Pictures of a run's metrics: the two dashboards, and the curves of several runs side by side.
 
-Every function returns a matplotlib `Figure` (object-oriented, no pyplot state); `save` writes one. A panel without data says
-why it is empty. Letters: S logged steps, M modules of one routed layer, D model.
+A panel without data says why it is empty. Letters: S logged steps, M modules of one routed layer, D model.
 Source: what seeds 2, 3 and 4 watched (MECHANISMS.md section 11).
 """
 
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
+from tinyonn_jax.observe.axes import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    RED,
+    SERIES,
+    SHARE_COLOURS,
+    SKY,
+    curve,
+    empty,
+    legend,
+    legend_entries,
+    log_axis,
+    new_figure,
+    save,
+    step_axis,
+    style,
+    twin,
+)
 from tinyonn_jax.observe.metrics import Row, column, layer_names, loads, percent
-from tinyonn_jax.observe.writers import read_metrics, write_atomically
+from tinyonn_jax.observe.writers import read_metrics
 
-# Okabe and Ito's colours, told apart under every common colour blindness.
-BLUE, ORANGE, GREEN, PURPLE, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#AA4499", "#56B4E9", "#D55E00"
-INK, MUTED, FAINT = "#24292f", "#6b7280", "#d8dee4"
 Routing = Mapping[str, np.ndarray]
-SERIES = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
-SHARE_COLOURS = LinearSegmentedColormap.from_list("share", ["#f7f9fb", "#a6cbe3", "#2f7fb8", "#08306b"])
 NO_LAYERS = "no routed layers in this run"
 NOT_MEASURED = "not measured by this rule"
 NOTHING = "nothing logged yet"
-
-
-def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Writes a figure as PNG, atomically, 160 dots to the inch."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, facecolor="white")
-    return write_atomically(path, buffer.getvalue())
 
 
 def write_dashboards(folder: str | os.PathLike[str]) -> list[Path]:
@@ -51,91 +58,6 @@ def write_dashboards(folder: str | os.PathLike[str]) -> list[Path]:
         save(core_metrics(rows), folder / "figures" / "core_metrics_latest.png"),
         save(expert_dashboard(rows, routing), folder / "figures" / "expert_dashboard_latest.png"),
     ]
-
-
-# --- axes ---------------------------------------------------------------------------------------------------------------
-
-
-def _style(ax: Axes, title: str = "") -> Axes:
-    if title:
-        ax.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(FAINT)
-    ax.tick_params(colors=MUTED, labelsize=8.5, length=0)
-    ax.grid(axis="y", color=FAINT, linewidth=0.6)
-    ax.set_axisbelow(True)
-    return ax
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure that lays itself out; sizes in inches."""
-    figure = Figure(figsize=(width, height))
-    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
-    return figure
-
-
-def _steps(ax: Axes) -> None:
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-
-
-def _empty(ax: Axes, reason: str) -> None:
-    ax.set_axis_on()
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
-    ax.set_facecolor("#f6f8fa")
-    ax.text(0.5, 0.5, reason, transform=ax.transAxes, ha="center", va="center", color=MUTED, fontsize=10, style="italic")
-
-
-def _legend(*axes: Axes) -> None:
-    """One legend for axes that share a panel, above the first of them at the right so that it never covers a curve."""
-    entries = _entries(axes)
-    if entries:
-        axes[0].legend(
-            entries.values(), entries.keys(), loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=7, fontsize=8, frameon=False,
-            labelcolor=INK, handlelength=0.9, columnspacing=0.8, handletextpad=0.4, borderaxespad=0.2,
-        )  # fmt: skip
-
-
-def _entries(axes: Sequence[Axes]) -> dict[str, Any]:
-    """What the axes' curves are called, each name once, with what it looks like."""
-    return {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-
-
-def _smooth(values: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"]:
-    """Centred running mean over a twentieth of the curve; at the ends, over what there is."""
-    width = max(1, len(values) // 20) | 1
-    window = np.ones(width)
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
-
-
-def _curve(ax: Axes, rows: Sequence[Row], path: str | tuple[str, ...], label: str, colour: str, **style: Any) -> bool:
-    """A smoothed curve over its faint raw values, or points where only a few were logged; False where none was."""
-    steps, values = column(rows, *((path,) if isinstance(path, str) else path))
-    if len(values) >= 40:
-        ax.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
-        ax.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=label, **style)
-    elif len(values):
-        ax.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label, **style)
-    return len(values) > 0
-
-
-def _log(ax: Axes) -> None:
-    """A logarithmic axis where the drawn values are positive and span more than a factor of five."""
-    drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines] or [np.zeros(0)])
-    if len(drawn) and drawn.min() > 0 and drawn.max() > 5 * drawn.min():
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if drawn.max() < 1000 * drawn.min() else (1,)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_locator(NullLocator())
-
-
-def _twin(ax: Axes, label: str, colour: str) -> Axes:
-    other = ax.twinx()
-    other.spines[:].set_visible(False)
-    other.tick_params(colors=colour, labelsize=8.5, length=0)
-    other.set_ylabel(label, color=colour, fontsize=8.5)
-    return other
 
 
 def _colour(layer: str) -> str:
@@ -163,17 +85,17 @@ def _name(layer: str) -> str:
 
 
 def _losses(ax: Axes, rows: Sequence[Row]) -> None:
-    _curve(ax, rows, "main_loss", "main", BLUE)
-    _curve(ax, rows, "valid_loss", "validation", GREEN, linestyle="--")
-    _log(ax)
+    curve(ax, rows, "main_loss", "main", BLUE)
+    curve(ax, rows, "valid_loss", "validation", GREEN, linestyle="--")
+    log_axis(ax)
     if len(column(rows, "meta_loss")[0]):
-        right = _twin(ax, "meta", RED)
-        _curve(right, rows, "meta_loss", "meta (right)", RED)
-        _legend(ax, right)
+        right = twin(ax, "meta", RED)
+        curve(right, rows, "meta_loss", "meta (right)", RED)
+        legend(ax, right)
     elif ax.lines:
-        _legend(ax)
+        legend(ax)
     else:
-        _empty(ax, "no losses logged yet")
+        empty(ax, "no losses logged yet")
 
 
 def _accuracies(ax: Axes, rows: Sequence[Row]) -> None:
@@ -181,41 +103,41 @@ def _accuracies(ax: Axes, rows: Sequence[Row]) -> None:
         ("main_acc", "token", BLUE), ("exact", "grid", RED), ("gating_acc", "gating", ORANGE),
         ("valid_acc", "token, val.", SKY), ("valid_exact", "grid, val.", GREEN),
     )  # fmt: skip
-    if not any([_curve(ax, rows, key, label, colour) for key, label, colour in curves]):
-        return _empty(ax, "no accuracies logged yet")
+    if not any([curve(ax, rows, key, label, colour) for key, label, colour in curves]):
+        return empty(ax, "no accuracies logged yet")
     ax.set_ylim(-0.02, 1.02)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _legend(ax)
+    legend(ax)
 
 
 def _integrity(ax: Axes, rows: Sequence[Row]) -> None:
-    drawn = _curve(ax, rows, "pi", "PI", GREEN)
-    _curve(ax, rows, "ema_acc", "accuracy (EMA)", BLUE)
+    drawn = curve(ax, rows, "pi", "PI", GREEN)
+    curve(ax, rows, "ema_acc", "accuracy (EMA)", BLUE)
     if not drawn:
-        return _empty(ax, NOT_MEASURED if rows else NOTHING)
+        return empty(ax, NOT_MEASURED if rows else NOTHING)
     ax.set_ylim(-0.02, 1.02)
-    _legend(ax)
+    legend(ax)
 
 
 def _surprise(ax: Axes, rows: Sequence[Row]) -> None:
-    _curve(ax, rows, "surprise_output", "output", RED)
-    _curve(ax, rows, "surprise_param", "parameter", ORANGE)
+    curve(ax, rows, "surprise_output", "output", RED)
+    curve(ax, rows, "surprise_param", "parameter", ORANGE)
     if not ax.lines:
-        return _empty(ax, NOT_MEASURED if rows else NOTHING)
-    _log(ax)
+        return empty(ax, NOT_MEASURED if rows else NOTHING)
+    log_axis(ax)
     if len(column(rows, "tau")[0]):
-        right = _twin(ax, "tau", BLUE)
-        _curve(right, rows, "tau", "tau (right)", BLUE)
-        _legend(ax, right)
+        right = twin(ax, "tau", BLUE)
+        curve(right, rows, "tau", "tau (right)", BLUE)
+        legend(ax, right)
     else:
-        _legend(ax)
+        legend(ax)
 
 
 def _activation(ax: Axes, rows: Sequence[Row]) -> None:
     layers = [name for name in layer_names(rows) if len(column(rows, "layers", name, "active_share")[0])]
     if not layers:
-        return _empty(ax, NO_LAYERS if rows else NOTHING)
-    right = _twin(ax, "Act% (dashed)", MUTED)
+        return empty(ax, NO_LAYERS if rows else NOTHING)
+    right = twin(ax, "Act% (dashed)", MUTED)
     for i, (name, label, colour) in enumerate(_curves(layers)):
         steps, shares = column(rows, "layers", name, "active_share")
         modules = loads(rows, name)[1].shape[1]
@@ -226,13 +148,13 @@ def _activation(ax: Axes, rows: Sequence[Row]) -> None:
     right.set_ylim(0, max(1.15 * right.get_ylim()[1], 0.01))
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set_ylabel("modules a token uses", color=MUTED, fontsize=8.5)
-    _legend(ax)
+    legend(ax)
 
 
 def _alive(ax: Axes, rows: Sequence[Row]) -> None:
     layers = [name for name in layer_names(rows) if len(loads(rows, name)[0])]
     if not layers:
-        return _empty(ax, NO_LAYERS if rows else NOTHING)
+        return empty(ax, NO_LAYERS if rows else NOTHING)
     curves = _curves(layers)
     for name, label, colour in curves:
         steps, load = loads(rows, name)
@@ -241,29 +163,29 @@ def _alive(ax: Axes, rows: Sequence[Row]) -> None:
         ax.axhline(load.shape[1], color=MUTED if len(curves) > 2 else colour, linewidth=0.8, linestyle=":")
     ax.set_ylim(0, 1.1 * max(loads(rows, name)[1].shape[1] for name, _, _ in curves))
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    _legend(ax)
+    legend(ax)
 
 
 def _divergence(ax: Axes, rows: Sequence[Row]) -> None:
     """The VAE view: KL of each batch's routing from its moving prior, and the ELBO proxy."""
     layers = [name for name in layer_names(rows) if len(column(rows, "layers", name, "kl")[0])]
     if not layers:
-        return _empty(ax, NO_LAYERS if rows else NOTHING)
+        return empty(ax, NO_LAYERS if rows else NOTHING)
     for name, label, colour in _curves(layers):
-        _curve(ax, rows, ("layers", name, "kl"), label, colour)
-    _log(ax)
-    right = _twin(ax, "ELBO proxy (dotted)", INK)
-    _curve(right, rows, "elbo", "ELBO", INK, linestyle=":")
-    _legend(ax, right)
+        curve(ax, rows, ("layers", name, "kl"), label, colour)
+    log_axis(ax)
+    right = twin(ax, "ELBO proxy (dotted)", INK)
+    curve(right, rows, "elbo", "ELBO", INK, linestyle=":")
+    legend(ax, right)
 
 
 def _gradients(ax: Axes, rows: Sequence[Row]) -> None:
-    _curve(ax, rows, "grad_norm_main", "main", BLUE)
-    _curve(ax, rows, "grad_norm_meta", "meta", RED)
+    curve(ax, rows, "grad_norm_main", "main", BLUE)
+    curve(ax, rows, "grad_norm_meta", "meta", RED)
     if not ax.lines:
-        return _empty(ax, NOTHING)
-    _log(ax)
-    _legend(ax)
+        return empty(ax, NOTHING)
+    log_axis(ax)
+    legend(ax)
 
 
 CORE_PANELS: tuple[tuple[str, Callable[[Axes, Sequence[Row]], None]], ...] = (
@@ -284,7 +206,7 @@ def core_metrics(rows: Sequence[Row]) -> Figure:
     figure = new_figure(10.5, 13)
     axes = figure.subplots(4, 2)
     for ax, (title, draw) in zip(axes.flat, CORE_PANELS, strict=True):
-        _steps(_style(ax, title))
+        step_axis(style(ax, title))
         draw(ax, rows)
     for ax in axes[-1]:
         ax.set_xlabel("step", color=MUTED, fontsize=8.5)
@@ -361,7 +283,7 @@ def _verdicts(routing: Routing, layer: str, modules: int) -> list[tuple[np.ndarr
 def _lifetime(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> None:
     usage = _snapshot(routing, layer, "usage")
     if usage is None:
-        return _empty(ax, "no routing snapshot yet")
+        return empty(ax, "no routing snapshot yet")
     ids = np.arange(len(usage))
     for mask, label, colour, _ in _verdicts(routing, layer, len(usage)):
         ax.bar(ids[mask], usage[mask], width=0.78, color=colour, label=label)
@@ -386,7 +308,7 @@ def _plane(points: Float[np.ndarray, "M D"]) -> tuple[Float[np.ndarray, "M 2"], 
 def _prototypes(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> None:
     points = _snapshot(routing, layer, "proto")
     if points is None:
-        return _empty(ax, "no routing snapshot yet")
+        return empty(ax, "no routing snapshot yet")
     flat, explained = _plane(points)
     for mask, label, colour, marker in _verdicts(routing, layer, len(points)):
         ax.scatter(*flat[mask].T, s=46, color=colour, marker=marker, edgecolor="white", linewidth=0.7, label=label, zorder=3)
@@ -427,20 +349,20 @@ def expert_dashboard(rows: Sequence[Row], routing: Routing | None = None) -> Fig
             shape = (1, cells) if cells <= 2 else (-(-cells // 2), 2)
         axes: list[Axes] = list(np.ravel(panel.subplots(*shape, sharex=over_time)))
         for ax in axes:
-            _style(ax)
-        _style(axes[0], title)
+            style(ax)
+        style(axes[0], title)
         if not layers:
-            _empty(axes[0], NO_LAYERS if rows else NOTHING)
+            empty(axes[0], NO_LAYERS if rows else NOTHING)
         for ax in axes[max(len(layers), 1) :]:
             ax.set_axis_off()
         for ax, layer in zip(axes, layers, strict=False):
             if over_time and not len(loads(rows, layer)[0]):
-                _empty(ax, "no loads logged yet")
+                empty(ax, "no loads logged yet")
                 continue
             if over_time:
-                _steps(ax)
+                step_axis(ax)
             draw(ax, layer, rows, routing)
-        _legend(*((axes[: shape[1]][::-1] + axes[shape[1] :]) if draw is _prototypes else axes))
+        legend(*((axes[: shape[1]][::-1] + axes[shape[1] :]) if draw is _prototypes else axes))
         if draw is _prototypes and layers and not measured:
             axes[0].text(
                 0.02, 0.02, f"goodness: {NOT_MEASURED}", transform=axes[0].transAxes, fontsize=8, color=MUTED, style="italic"
@@ -456,20 +378,20 @@ def compare_figure(runs: Mapping[str, Sequence[Row]]) -> Figure:
     figure = new_figure(10.5, 3.9)
     panels = (("main_loss", "Loss"), ("exact", "Whole grids right"), ("tokens_per_second", "Tokens per second"))
     for ax, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
-        _steps(_style(ax, title))
-        drawn = [_curve(ax, rows, key, name, SERIES[i % len(SERIES)], linestyle="-" if i < len(SERIES) else "--")
+        step_axis(style(ax, title))
+        drawn = [curve(ax, rows, key, name, SERIES[i % len(SERIES)], linestyle="-" if i < len(SERIES) else "--")
                  for i, (name, rows) in enumerate(runs.items())]  # fmt: skip
         if not any(drawn):
-            _empty(ax, "not logged")
+            empty(ax, "not logged")
         elif key == "main_loss":
-            _log(ax)
+            log_axis(ax)
         elif key == "exact":
             ax.set_ylim(-0.02, 1.02)
             ax.yaxis.set_major_formatter(PercentFormatter(1.0))
         else:
             ax.set_ylim(bottom=0)
             ax.yaxis.set_major_formatter(EngFormatter(sep=""))
-    entries = _entries(figure.axes)
+    entries = legend_entries(figure.axes)
     look = {"ncols": min(len(entries), 4) or 1, "frameon": False, "fontsize": 9, "labelcolor": INK}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", **look)
     return figure

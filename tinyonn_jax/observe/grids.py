@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from tinyonn_jax.observe.figures import FAINT, INK, MUTED
+from tinyonn_jax.observe.axes import FAINT, INK, MUTED
 
 Grid = Sequence[Sequence[int]]
 Entry = Mapping[str, Any]
