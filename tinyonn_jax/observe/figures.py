@@ -170,7 +170,7 @@ def _divergence(ax: Axes, rows: Sequence[Row]) -> None:
     """The VAE view: KL of each batch's routing from its moving prior, and the ELBO proxy."""
     layers = [name for name in layer_names(rows) if len(column(rows, "layers", name, "kl")[0])]
     if not layers:
-        return empty(ax, NO_LAYERS if rows else NOTHING)
+        return empty(ax, NOT_MEASURED if layer_names(rows) else NO_LAYERS if rows else NOTHING)
     for name, label, colour in _curves(layers):
         curve(ax, rows, ("layers", name, "kl"), label, colour)
     log_axis(ax)
