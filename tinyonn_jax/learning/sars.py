@@ -42,7 +42,7 @@ def goodness(
         importance, cost = per_module(signals.attribution, routing), per_module(signals.param, routing)
         used = per_module(jnp.ones_like(routing.weight), routing) > 0
         if routing.index is None and neuron_cost == "module":
-            cost = jnp.broadcast_to(signals.module_param[..., None, :], cost.shape)
+            cost = signals.module_param[..., None, :]
     importance, cost, used, belief = (_competing(v, routing) for v in (importance, cost, used, routing.logits))
     return stop_gradient(jnp.where(used, drln(importance) * (drln(belief) - drln(cost)), 0.0))
 
