@@ -302,9 +302,15 @@ class MeshConfig:
     """Devices along which the batch is split; 0 takes all that remain."""
     fsdp: int = 1
     """Devices along which batch and parameters are split."""
+    expert: int = 1
+    """Devices along which routed experts and latent heads are split (dyntrm); must divide --model.experts and
+    --model.latent-heads."""
 
     def __post_init__(self):
-        _require(self.data >= 0 and self.fsdp >= 1, "mesh.data must not be negative and mesh.fsdp at least 1")
+        _require(
+            self.data >= 0 and self.fsdp >= 1 and self.expert >= 1,
+            "mesh.data must not be negative, mesh.fsdp and mesh.expert at least 1",
+        )
 
 
 @dataclass(frozen=True)
@@ -331,6 +337,14 @@ class Config:
             or (self.model.kind == "dyntrm" and (self.model.select == "relu" or self.model.weight != "hard")),
             "learning.rule backprop needs weights with a gradient: set model.weight to softmax or relu",
         )
+        if self.mesh.expert > 1:
+            model, split = self.model, self.mesh.expert
+            _require(model.kind == "dyntrm", f"mesh.expert ({split}) needs model.kind dyntrm: {model.kind} has no experts")
+            _require(
+                model.experts % split == 0 and model.latent_heads % split == 0,
+                f"mesh.expert ({split}) must divide model.experts ({model.experts}) and model.latent_heads "
+                f"({model.latent_heads})",
+            )
         _require(
             not self.data.sequence or self.train.steps % self.data.sequence == 0,
             f"train.steps ({self.train.steps}) must be a multiple of data.sequence ({self.data.sequence})",

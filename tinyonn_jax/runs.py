@@ -134,7 +134,7 @@ def train(run: Run, started: float | None = None) -> None:
     process = (jax.process_index(), jax.process_count())
     mesh = sharding.make_mesh(config.mesh)
     course = _course(run, process, mesh)
-    batches = partial(course.batch_at, config.train.seed, process=process, multiple=mesh.size)
+    batches = partial(course.batch_at, config.train.seed, process=process, multiple=sharding.row_shards(mesh))
     program = assemble.assemble(config, mesh, len(sets.tasks), course.batch_at(config.train.seed, 0))
     parameters = assemble.count_parameters(program.spec)
     if process[0] == 0:
@@ -204,7 +204,7 @@ def _course(run: Run, process: tuple[int, int], mesh: Mesh) -> _Course:
     config, sets = run.config, run.sets
     if not config.data.sequence:
         dataset = build_dataset(sets, config.data)
-        held_out = partial(validation_batches, dataset, process=process, multiple=mesh.size)
+        held_out = partial(validation_batches, dataset, process=process, multiple=sharding.row_shards(mesh))
         test = (lambda measure, state: measure(state, held_out())) if sets.validation else None
         return _Course(partial(batch_at, dataset), dataset.messages, test)
     stages = build_stages(sets, config.data, config.train.steps, config.train.seed, mesh.size)

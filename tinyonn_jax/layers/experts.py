@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tinyonn_jax.layers import grouped
+from tinyonn_jax.layers import grouped, parallel
 from tinyonn_jax.layers import tap as taps
 from tinyonn_jax.layers.base import Param, fan_in
 from tinyonn_jax.layers.routing import Routing, per_module
@@ -66,10 +66,17 @@ def routed_mlp(
     params: Mlp, x: Float[Array, "N D"], routing: Routing, gated: bool, tap: taps.Tap | None = None
 ) -> Float[Array, "N D"]:
     """y_n = Σ_k weight_nk · f_{index_nk}(x_n) over a library of E expert MLPs (§3), fused."""
-    plan = grouped.plan(routing.slots, routing.active, params.w_in.shape[0])
+    axes = [("experts", "embed", "hidden"), ("experts", "hidden", "embed")]
+    weights = [params.w_in.astype(x.dtype), params.w_out.astype(x.dtype)]
+    return parallel.run(partial(_routed_mlp, gated), weights, axes, x, routing, tap)
+
+
+def _routed_mlp(gated: bool, w: list[Array], x: Array, routing: Routing, tap: taps.Tap | None) -> Array:
+    w_in, w_out = w
+    plan = grouped.plan(routing.slots, routing.active, w_in.shape[0])
     row_tap = grouped_tap(tap, plan)
-    h = grouped.matmul(grouped.dispatch(x, plan), params.w_in.astype(x.dtype), plan.sizes, row_tap)
-    f = grouped.matmul(activate(h, gated), params.w_out.astype(x.dtype), plan.sizes, row_tap)
+    h = grouped.matmul(grouped.dispatch(x, plan), w_in, plan.sizes, row_tap)
+    f = grouped.matmul(activate(h, gated), w_out, plan.sizes, row_tap)
     f = grouped.permute(f, plan.inverse, plan.order).reshape(*routing.weight.shape, -1)  # [N,K,D]
     return taps.combine(f, routing.weight, tap)
 

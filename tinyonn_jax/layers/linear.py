@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tinyonn_jax.layers import grouped
+from tinyonn_jax.layers import grouped, parallel
 from tinyonn_jax.layers import tap as taps
 from tinyonn_jax.layers.experts import grouped_tap
 from tinyonn_jax.layers.routing import Routing
@@ -22,27 +22,48 @@ from tinyonn_jax.layers.routing import Routing
 
 def project(x: Float[Array, "N I"], w: Float[Array, "M I O"], routing: Routing, tap: taps.Tap | None) -> Float[Array, "N K O"]:
     """Every slot's map of its token; idle slots give zero. Of the tap, `param` and `module` are filled."""
-    slots, modules = routing.weight.shape[1], w.shape[0]
-    if modules <= 4 * slots:
-        return _dense_project(routing.config.groups, x, w, routing.slots, routing.active, tap)
-    plan = grouped.plan(routing.slots, routing.active, modules)
-    rows = grouped.matmul(grouped.dispatch(x, plan), w, plan.sizes, grouped_tap(tap, plan))
-    return grouped.permute(rows, plan.inverse, plan.order).reshape(-1, slots, w.shape[2])
+    run = _all_project if _all_modules(w, routing) else _sorted_project
+    return parallel.run(run, [w], [("experts", "embed", None)], x, routing, tap)
 
 
 def merge(x: Float[Array, "N K I"], w: Float[Array, "M I O"], routing: Routing, tap: taps.Tap | None) -> Float[Array, "N O"]:
     """The weighted sum of every slot's map of its own vector. All of the tap is filled."""
-    _, slots, size = x.shape
-    if w.shape[0] <= 4 * slots:
-        return _dense_merge(routing.config.groups, x, w, routing.weight, routing.slots, routing.active, tap)
+    run = _all_merge if _all_modules(w, routing) else _sorted_merge
+    return parallel.run(run, [w], [("experts", None, "embed")], x, routing, tap)
+
+
+def _all_modules(w: Array, routing: Routing) -> bool:
+    return w.shape[0] <= 4 * routing.weight.shape[1]
+
+
+# --- sorted pairs -------------------------------------------------------------------------------------------------------
+
+
+def _sorted_project(weights, x, routing, tap):
+    (w,) = weights
     plan = grouped.plan(routing.slots, routing.active, w.shape[0])
-    rows = grouped.permute(x.reshape(-1, size), plan.order, plan.inverse)
+    rows = grouped.matmul(grouped.dispatch(x, plan), w, plan.sizes, grouped_tap(tap, plan))
+    return grouped.permute(rows, plan.inverse, plan.order).reshape(*routing.weight.shape, -1)
+
+
+def _sorted_merge(weights, x, routing, tap):
+    (w,) = weights
+    plan = grouped.plan(routing.slots, routing.active, w.shape[0])
+    rows = grouped.permute(x.reshape(-1, x.shape[-1]), plan.order, plan.inverse)
     rows = grouped.matmul(rows, w, plan.sizes, grouped_tap(tap, plan))
-    outputs = grouped.permute(rows, plan.inverse, plan.order).reshape(-1, slots, w.shape[2])
+    outputs = grouped.permute(rows, plan.inverse, plan.order).reshape(*routing.weight.shape, -1)
     return taps.combine(outputs, routing.weight, tap)
 
 
 # --- all modules on all tokens ------------------------------------------------------------------------------------------
+
+
+def _all_project(weights, x, routing, tap) -> Array:
+    return _dense_project(routing.config.groups, x, *weights, routing.slots, routing.active, tap)
+
+
+def _all_merge(weights, x, routing, tap) -> Array:
+    return _dense_merge(routing.config.groups, x, *weights, routing.weight, routing.slots, routing.active, tap)
 
 
 def _hit(index: Int[Array, "N K"], active: Array, groups: int, modules: int) -> Bool[Array, "N G k P"]:

@@ -254,6 +254,20 @@ def route_all(router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: 
     return Routing(logits, None, weight, active, jax.lax.stop_gradient(x), valid, valid & ~jnp.any(active, -1), cfg)
 
 
+def part(routing: Routing, first: Int[Array, ""], modules: int) -> Routing:
+    """The routing as the owner of the modules first … first + modules - 1 sees it: counted from `first`, other slots idle."""
+    index = routing.slots - first
+    active = routing.active & (index >= 0) & (index < modules)
+    return replace(
+        routing,
+        logits=jax.lax.dynamic_slice_in_dim(routing.logits, first, modules, -1),
+        index=index,
+        weight=jnp.where(active, routing.weight, 0),
+        active=active,
+        config=replace(routing.config, modules=modules, groups=1, slots=index.shape[-1]),
+    )
+
+
 def per_module(values: Float[Array, "N K"], routing: Routing) -> Float[Array, "N M"]:
     """Slot values laid out by module, zero where a token does not use the module. A one-hot sum: a scatter would not shard."""
     if routing.index is None:

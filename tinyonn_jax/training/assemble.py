@@ -20,6 +20,7 @@ from tinyonn_jax.arc.evaluate import exact
 from tinyonn_jax.arc.generate import Decoder
 from tinyonn_jax.config import Config, ConfigError, ModelConfig
 from tinyonn_jax.layers import base
+from tinyonn_jax.layers.parallel import over
 from tinyonn_jax.layers.routing import data_init
 from tinyonn_jax.learning.rule import LearningRule, layers, replace_layer, routers
 from tinyonn_jax.models import transformer
@@ -51,7 +52,7 @@ class Program:
 def assemble(config: Config, mesh: Mesh, tasks: int, example: Batch) -> Program:
     """The program of a run with `tasks` tasks; `example` is any batch, the same in every process."""
     rule = make_rule(config)
-    loss_fn = make_loss(config, rule)
+    loss_fn = over(sharding.layout(mesh))(make_loss(config, rule))
     spec = transformer.spec(config.model, tasks)
     tx = make_optimizer(config.optim, config.train.steps, frozen_routers=config.learning.rule == "none")
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), spec, is_leaf=base.is_param)
@@ -100,6 +101,7 @@ def make_validation(program: Program) -> Validation:
     cfg = program.config.model
 
     @jax.jit
+    @over(sharding.layout(program.mesh))
     def sums(params, batch: Any) -> Array:
         logits = transformer.apply(params, batch, cfg).logits
         loss, right = token_losses(logits, batch.tokens)
@@ -142,6 +144,7 @@ def make_decoder(config: Config, mesh: Mesh) -> Decoder:
         over = NamedSharding(mesh, PartitionSpec(*(None,) * axis, sharding.RULES["batch"]))
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, over), tree)
 
+    @over(sharding.layout(mesh))
     def decode(params, cache, *inputs):
         tokens, positions, start, prefix, task, dihedral = rows(inputs, 0)
         stop = config.eval.entropy_stop

@@ -1,10 +1,12 @@
 """Where arrays live: a mesh of devices, one table from logical axes to mesh axes, and shardings derived from it.
 
-Mesh axes: `data` splits the batch; `fsdp` splits the batch and every parameter along its `embed` axis. Parameters are born
-sharded (eval_shape → shardings → jitted init), and optimizer state takes the sharding of the parameter it belongs to.
+Mesh axes: `data` splits the batch; `fsdp` splits the batch and every parameter along its `embed` axis; `expert` splits the
+modules of routed layers. Parameters are born sharded (eval_shape → shardings → jitted init), and optimizer state takes the
+sharding of the parameter it belongs to.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -13,31 +15,54 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tinyonn_jax.config import ConfigError, MeshConfig
 from tinyonn_jax.layers.base import Param, is_param
+from tinyonn_jax.layers.parallel import Layout
 
 T = TypeVar("T")
 
-MESH_AXES = ("data", "fsdp")
-RULES: dict[str, tuple[str, ...]] = {"batch": ("data", "fsdp"), "embed": ("fsdp",)}
+MESH_AXES = ("data", "fsdp", "expert")
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "experts": ("expert",),
+    "modules": ("expert",),
+}
 """Logical axis → mesh axes; an axis that is not named here is never split."""
 
 
 def make_mesh(cfg: MeshConfig) -> Mesh:
-    """The mesh `data × fsdp` over the devices of all processes, with automatic partitioning.
+    """The mesh `data × fsdp × expert` over the devices of all processes, with automatic partitioning.
 
     `data` 0 takes all that remain; a single process may use fewer devices than there are.
 
     Raises:
         ConfigError: the devices do not divide so.
     """
-    devices = jax.devices()
-    data = cfg.data or len(devices) // cfg.fsdp
-    if not cfg.data and (data == 0 or len(devices) % cfg.fsdp):
-        raise ConfigError(f"mesh.fsdp ({cfg.fsdp}) does not divide the {len(devices)} devices: choose a divisor or set mesh.data")
-    used = data * cfg.fsdp
+    devices, inner = jax.devices(), cfg.fsdp * cfg.expert
+    data = cfg.data or len(devices) // inner
+    if not cfg.data and (data == 0 or len(devices) % inner):
+        raise ConfigError(
+            f"mesh.fsdp × mesh.expert ({cfg.fsdp} × {cfg.expert}) does not divide the {len(devices)} devices: choose a divisor "
+            "or set mesh.data"
+        )
+    used = data * inner
     if used > len(devices) or (jax.process_count() > 1 and used != len(devices)):
         need = "needs" if used > len(devices) else "leaves some of the processes without a device: it takes"
-        raise ConfigError(f"mesh.data × mesh.fsdp ({data} × {cfg.fsdp}) {need} {used} devices, and there are {len(devices)}")
-    return jax.make_mesh((data, cfg.fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:used])
+        raise ConfigError(
+            f"mesh.data × mesh.fsdp × mesh.expert ({data} × {cfg.fsdp} × {cfg.expert}) {need} {used} devices, and there are "
+            f"{len(devices)}"
+        )
+    shape = (data, cfg.fsdp, cfg.expert)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices[:used])
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
+
+
+def layout(mesh: Mesh) -> Layout | None:
+    """How routed layers run over the mesh; None on one device."""
+    return Layout(mesh, partial(partition, mesh)) if mesh.size > 1 else None
 
 
 def partition(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
