@@ -28,17 +28,28 @@ SPEC = {
 
 @pytest.mark.parametrize(
     ("cfg", "shape"),
-    [(MeshConfig(), (8, 1)), (MeshConfig(fsdp=4), (2, 4)), (MeshConfig(data=2, fsdp=2), (2, 2)), (MeshConfig(data=1), (1, 1))],
+    [
+        (MeshConfig(), (8, 1, 1)),
+        (MeshConfig(fsdp=4), (2, 4, 1)),
+        (MeshConfig(fsdp=2, expert=2), (2, 2, 2)),
+        (MeshConfig(data=2, fsdp=2), (2, 2, 1)),
+        (MeshConfig(data=1), (1, 1, 1)),
+    ],
 )
 def test_mesh_takes_the_devices_asked_for(cfg, shape):
     mesh = sharding.make_mesh(cfg)
-    assert dict(mesh.shape) == {"data": shape[0], "fsdp": shape[1]}
-    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "expert"), shape, strict=True))
+    assert set(mesh.axis_types) == {AxisType.Auto}
 
 
 @pytest.mark.parametrize(
     ("cfg", "word"),
-    [(MeshConfig(fsdp=3), "divide the 8"), (MeshConfig(fsdp=16), "divide"), (MeshConfig(data=5, fsdp=2), "10 devices")],
+    [
+        (MeshConfig(fsdp=3), "divide the 8"),
+        (MeshConfig(fsdp=16), "divide"),
+        (MeshConfig(data=5, fsdp=2), "10 devices"),
+        (MeshConfig(expert=5), "divide"),
+    ],
 )
 def test_mesh_that_does_not_fit_is_one_clear_line(cfg, word):
     with pytest.raises(ConfigError, match=word) as error:
@@ -52,6 +63,14 @@ def test_embed_goes_over_fsdp_and_what_does_not_divide_stays_whole():
     assert specs["w_in"] == P(("fsdp",), None) or specs["w_in"] == P("fsdp", None)
     assert specs["odd"] == P(None, None)  # 5 columns over 4 devices
     assert sharding.partition(mesh, ("batch", None), (8, 3)) == P(("data", "fsdp"), None)
+
+
+def test_modules_go_over_expert():
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
+    assert sharding.partition(mesh, ("experts", "embed", "hidden"), (4, 8, 6)) == P("expert", "fsdp", None)
+    assert sharding.partition(mesh, ("modules", "embed"), (4, 8)) == P("expert", "fsdp")
+    assert sharding.row_shards(mesh) == 4 and sharding.layout(mesh) is not None
+    assert sharding.layout(sharding.make_mesh(MeshConfig(data=1))) is None
 
 
 def test_a_mesh_axis_used_twice_is_refused():
@@ -121,7 +140,7 @@ jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
 from tinyonn_jax.config import MeshConfig
 from tinyonn_jax.training.sharding import make_mesh, shard_batch
 mesh = make_mesh(MeshConfig(fsdp=2))
-assert mesh.devices.shape == (2, 2), mesh
+assert mesh.devices.shape == (2, 2, 1), mesh
 rows = np.arange(24, dtype=np.float32).reshape(8, 3)
 half = np.split(rows, 2)[jax.process_index()]
 x = shard_batch(mesh, half)

@@ -39,14 +39,19 @@ def mlp_spec(dim: int, hidden: int, gated: bool, experts: int | None = None) -> 
     )
 
 
-def activate(h: Float[Array, "*N F"], gated: bool) -> Float[Array, "*N F"]:
+def _activate(h: Float[Array, "*N F"], gated: bool) -> Float[Array, "*N F"]:
     """silu(h), or silu(a)·b of its halves when gated (SwiGLU; Shazeer, 2020). Only h is kept for the backward pass."""
-    return jax.checkpoint(_gate if gated else jax.nn.silu)(h)
-
-
-def _gate(h):
+    if not gated:
+        return jax.nn.silu(h)
     a, b = jnp.split(h, 2, -1)
     return jax.nn.silu(a) * b
+
+
+activate = jax.custom_vjp(_activate, nondiff_argnums=(1,))
+activate.defvjp(
+    lambda h, gated: (activate(h, gated), h),
+    lambda gated, h, g: jax.vjp(lambda h: _activate(h, gated), h)[1](g),
+)
 
 
 def mlp(params: Mlp, x: Float[Array, "*N D"], gated: bool) -> Float[Array, "*N D"]:

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from tinyonn_jax.layers.base import Param, fan_in, layer_norm, normal, ones, zeros
+from tinyonn_jax.layers.layout import each_token
 
 EPS = 1e-6
 
@@ -183,7 +184,7 @@ def select(logits: Float[Array, "N M"], cfg: RouterConfig) -> tuple[Array, Array
     n, k = logits.shape[0], cfg.slots_per_group
     logits = logits.reshape(n, cfg.groups, cfg.per_group)
     # Named, so that a rematerialised block keeps the decision instead of making it again; weights and their gradients follow it.
-    index = checkpoint_name(jax.lax.top_k(jax.lax.stop_gradient(logits), k)[1], "routing")  # [N,G,k]
+    index = checkpoint_name(each_token(lambda v: jax.lax.top_k(v, k)[1], jax.lax.stop_gradient(logits)), "routing")  # [N,G,k]
     value = jnp.sum(jnp.where(index[..., None] == jnp.arange(cfg.per_group), logits[..., None, :], 0), -1)
     above = checkpoint_name(value > 0, "routing")
     none = ~above[..., :1]

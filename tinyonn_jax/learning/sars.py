@@ -75,7 +75,7 @@ def sars(
                 "good_share": mean_over_tokens(jnp.mean(good > 0, (-2, -1)), routing),
                 "bad_share": mean_over_tokens(jnp.mean(good < 0, (-2, -1)), routing),
                 "idle_share": mean_over_tokens(jnp.mean(good == 0, (-2, -1)), routing),
-                "goodness": by_module.reshape(-1, by_module.shape[-1]).sum(0) / count,
+                "goodness": by_module.sum(range(by_module.ndim - 1)) / count,
             }
         count = max(len(losses), 1)
         return sum(losses, jnp.float32(0)) / count, {

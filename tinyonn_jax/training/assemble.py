@@ -20,7 +20,7 @@ from tinyonn_jax.arc.evaluate import exact
 from tinyonn_jax.arc.generate import Decoder
 from tinyonn_jax.config import Config, ConfigError, ModelConfig
 from tinyonn_jax.layers import base
-from tinyonn_jax.layers.parallel import over
+from tinyonn_jax.layers.layout import over
 from tinyonn_jax.layers.routing import data_init
 from tinyonn_jax.learning.rule import LearningRule, layers, replace_layer, routers
 from tinyonn_jax.models import transformer

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tinyonn_jax.config import ConfigError, MeshConfig
 from tinyonn_jax.layers.base import Param, is_param
-from tinyonn_jax.layers.parallel import Layout
+from tinyonn_jax.layers.layout import Layout
 
 T = TypeVar("T")
 

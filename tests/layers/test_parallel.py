@@ -1,0 +1,122 @@
+"""Routed layers on eight simulated devices: the numbers of one device, and what is sent between devices."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.layers.naive import hand_made, make
+from tinyonn_jax.config import MeshConfig
+from tinyonn_jax.layers import experts, linear, routing, tap
+from tinyonn_jax.layers.base import Param, zeros
+from tinyonn_jax.layers.layout import over
+from tinyonn_jax.training import sharding
+
+N, D, F, M = 32, 8, 6, 8
+RNG = np.random.default_rng(0)
+X, TARGET = (jnp.asarray(RNG.normal(size=(N, D)), jnp.float32) for _ in range(2))
+
+
+def tables(slots: int, groups: int) -> dict[str, routing.Routing]:
+    """Ways the slots of N tokens can fall on M modules, of shapes alike, so that one program runs them all."""
+    first = np.repeat(np.arange(groups) * (M // groups), slots // groups)
+    any_of = first + RNG.integers(0, M // groups, (N, slots))
+    some = RNG.random((N, slots)) < 0.6
+    found = {
+        "all in use": (any_of, some | True),
+        "idle slots": (any_of, some),
+        "empty modules": (first + (any_of - first) // 2, some),
+        "all tokens on one": (0 * any_of, (np.arange(slots) == 0) & (any_of >= 0)),
+        "none in use": (any_of, some & False),
+    }
+    weight = RNG.normal(size=(N, slots))
+    return {name: hand_made(index, weight, active, M, D, groups=groups) for name, (index, active) in found.items()}
+
+
+def mlps(w, x, r, t):
+    return experts.routed_mlp(experts.Mlp(*w), x, r, True, t)
+
+
+def heads(w, x, r, t):
+    """Into the slots and out of them, as latent heads are."""
+    return linear.merge(jnp.tanh(linear.project(x, w[0], r, t)), w[1], r, t)
+
+
+MLPS = Param((M, D, 2 * F), ("experts", "embed", "hidden"), zeros), Param((M, F, D), ("experts", "hidden", "embed"), zeros)
+HEADS = Param((M, D, F), ("experts", "embed", None), zeros), Param((M, F, D), ("experts", None, "embed"), zeros)
+LAYERS = {
+    "mlps": (mlps, MLPS, tables(2, 1)),
+    "heads, all on all tokens": (heads, HEADS, tables(4, 4)),
+    "heads, sorted": (heads, HEADS, tables(1, 1)),
+}
+
+
+@cache
+def program(layer: str, cfg: MeshConfig, split: bool = True):
+    """Output and every gradient of a layer, the taps' too, as a function, and its arguments where they lie on the mesh."""
+    f, spec, _ = LAYERS[layer]
+    mesh = sharding.make_mesh(cfg)
+
+    def run(w, x, r, t):
+        def loss(w, x, weight, t):
+            y = f(w, x, r.replace(weight=weight), t)
+            return jnp.sum(jnp.tanh(y) * TARGET), y
+
+        with over(sharding.layout(mesh) if split else None):
+            (_, y), grads = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(w, x, r.weight, t)
+        return y, grads
+
+    params = jax.device_put(make(spec), sharding.shardings(mesh, spec))
+    return jax.jit(run), lambda r: (params, *sharding.shard_batch(mesh, (X, r)), tap.zeros(r))
+
+
+@pytest.mark.parametrize(
+    ("layer", "mesh"),
+    [
+        *((layer, mesh) for layer in LAYERS for mesh in (MeshConfig(2, 2, 2), MeshConfig(1, 1, 8))),
+        ("mlps", MeshConfig(2, 1, 4)),
+        ("mlps", MeshConfig(1, 8, 1)),
+    ],
+    ids=str,
+)
+def test_output_gradients_and_taps_are_those_of_one_device(layer, mesh):
+    (one, at_one), (many, at_many) = program(layer, MeshConfig(1)), program(layer, mesh)
+    for name, r in LAYERS[layer][2].items():
+        want, got = one(*at_one(r)), many(*at_many(r))
+        for (path, expected), found in zip(jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(got), strict=True):
+            scale = max(np.abs(expected).max(), 1e-6)
+            np.testing.assert_allclose(found, expected, 0, 1e-5 * scale, err_msg=f"{name} {jax.tree_util.keystr(path)}")
+        assert np.count_nonzero(want[1][3].module) == {"all tokens on one": 1, "none in use": 0}.get(name, M) or "empty" in name
+
+
+def test_one_device_pays_nothing():
+    """On a mesh of one device the program is, word for word, the one without any layout."""
+    texts = []
+    for split in (True, False):
+        f, arguments = program("mlps", MeshConfig(1), split)
+        texts.append(f.lower(*arguments(LAYERS["mlps"][2]["idle slots"])).as_text())
+    assert texts[0] == texts[1] and "stablehlo.all_" not in texts[0]
+
+
+def test_tokens_that_do_not_divide_are_partitioned_automatically():
+    _, spec, _ = LAYERS["mlps"]
+    r = jax.tree.map(lambda a: a[:9], LAYERS["mlps"][2]["idle slots"])
+    w, x = make(spec), X[:9]
+
+    def run(w, x, r):
+        with over(sharding.layout(sharding.make_mesh(MeshConfig(2, 2, 2)))):
+            return mlps(w, x, r, None)
+
+    np.testing.assert_allclose(jax.jit(run)(w, x, r), mlps(w, x, r, None), rtol=1e-5, atol=1e-6)
+
+
+def test_a_part_of_a_routing_by_hand():
+    whole = hand_made([[0, 2], [3, 1]], [[0.1, 0.2], [0.3, 0.4]], [[True, True], [True, False]], 4)
+    mine = routing.part(whole, jnp.int32(2), 2)
+    np.testing.assert_array_equal(mine.active, [[False, True], [True, False]])
+    np.testing.assert_array_equal(np.where(mine.active, mine.index, -1), [[-1, 0], [1, -1]])
+    np.testing.assert_allclose(mine.weight, [[0, 0.2], [0.3, 0]])
+    np.testing.assert_array_equal(mine.logits, whole.logits[:, 2:])
+    assert (mine.config.modules, mine.config.groups, mine.config.slots_per_group) == (2, 1, 2)
