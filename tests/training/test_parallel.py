@@ -19,10 +19,11 @@ from tinyonn_jax.models import transformer
 from tinyonn_jax.training import assemble, sharding
 from tinyonn_jax.training.checkpoint import Checkpoints
 from tinyonn_jax.training.objective import make_loss, make_rule
+from tinyonn_jax.training.state import TrainState
 from tinyonn_jax.training.step import gradients
 
 ROWS, LENGTH = 16, 9
-MODEL = tiny.config(dim=16, latent_heads=16, experts=8, expert_hidden=10)
+MODEL = tiny.config(dim=16, latent_heads=16, experts=24, expert_hidden=10, depth=1)
 CONFIG = Config(
     model=MODEL, learning=LearningConfig(granularity="module"), optim=OptimConfig(matrices="adamw"), train=TrainConfig(steps=6)
 )
@@ -63,74 +64,78 @@ def test_neither_tokens_nor_all_modules_are_gathered():
     assert not [s for s in gathered if len(s) == 3 and s[0] in (MODEL.experts, MODEL.latent_heads) and s[0] != tokens // devices]
 
 
-def test_the_pattern_would_find_them():
-    """Partitioned automatically, the same step gathers both."""
-
-
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"experts": 9}, ("mesh.expert (2)", "model.experts (9)")),
-    ({"latent_heads": 6, "heads": 6, "active_heads": 1, "experts": 8}, ()),
-    ({"kind": "dense"}, ("mesh.expert", "model.kind")),
-])  # fmt: skip
-def test_module_counts_must_divide(changes, words):
-    def build():
-        return replace(CONFIG, model=replace(MODEL, **changes), mesh=MeshConfig(expert=2))
-
-    if not words:
-        build()
-        return
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"experts": 9}, ("mesh.expert (2)", "model.experts (9)")),
+        ({"latent_heads": 6, "heads": 6, "experts": 9}, ("model.latent_heads (6)", "model.experts (9)")),
+        ({"kind": "dense"}, ("mesh.expert (2)", "model.kind dyntrm")),
+    ],
+)
+def test_modules_that_do_not_divide_are_one_clear_line(changes, words):
     with pytest.raises(ConfigError) as error:
-        build()
+        replace(CONFIG, model=replace(MODEL, **changes), mesh=MeshConfig(expert=2))
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
-def train(folder: Path, mesh_cfg: MeshConfig, steps: int) -> list[float]:
-    """The losses of the steps that follow the newest checkpoint, which is then replaced."""
-    mesh = sharding.make_mesh(mesh_cfg)
-    batches = [jax.tree.map(np.asarray, tiny.batch(ROWS, LENGTH, seed)) for seed in range(6)]
-    program = assemble.assemble(CONFIG, mesh, tiny.TASKS, batches[0])
+STEPS = 6
+BATCHES = [jax.tree.map(np.asarray, tiny.batch(ROWS, LENGTH, seed)) for seed in range(STEPS)]
+
+
+def assembled(cfg: MeshConfig) -> assemble.Program:
+    return assemble.assemble(CONFIG, sharding.make_mesh(cfg), tiny.TASKS, BATCHES[0])
+
+
+def go_on(program: assemble.Program, state, until: int) -> tuple[TrainState, list[float]]:
     losses = []
-    with Checkpoints(folder, 9, {}, print) as checkpoints:
+    for batch in BATCHES[int(state.step) : until]:
+        state, metrics = program.step(state, program.put(batch))
+        losses.append(float(metrics["main_loss"]))
+    return state, losses
+
+
+def restored(program: assemble.Program, folder: Path) -> TrainState:
+    with Checkpoints(folder, 2, {}, print) as checkpoints:
         state = checkpoints.restore(program.like)
-        state = program.initial() if state is None else state
-        for n in range(int(state.step), steps):
-            state, metrics = program.step(state, program.put(batches[n]))
-            losses.append(float(metrics["main_loss"]))
-        if folder.name == "written":
-            checkpoints.save(steps, state, None)
-            checkpoints.wait()
-    return losses
+    assert state is not None and int(state.step) == STEPS // 2
+    return state
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """A checkpoint that eight devices wrote halfway, and the losses of the steps that followed there."""
+    folder, program = tmp_path_factory.mktemp("elastic"), assembled(ALL)
+    state, _ = go_on(program, program.initial(), STEPS // 2)
+    with Checkpoints(folder, 2, {}, print) as checkpoints:
+        checkpoints.save(STEPS // 2, state, None)
+        checkpoints.wait()
+    return folder, go_on(program, state, STEPS)[1]
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 1, 2), (1, 4, 1), (2, 1, 2), (1, 1, 8)], ids=str)
+def test_a_checkpoint_restores_on_any_mesh(written, mesh):
+    got, want = (restored(assembled(MeshConfig(*shape)), written[0]) for shape in (mesh, (2, 2, 2)))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    split = got.params.block.feedforward.modules.w_in.sharding.shard_shape((24, 16, 20))
+    assert split == (24 // mesh[2], 16 // mesh[1], 20)
 
 
 ELSEWHERE = """
 import sys, jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 from pathlib import Path
-from tests.training.test_parallel import train
-from tinyonn_jax.config import MeshConfig
-print("losses", *train(Path(sys.argv[2]), MeshConfig(*map(int, sys.argv[3:])), 6))
+from tests.training import test_parallel as t
+program = t.assembled(t.MeshConfig(*map(int, sys.argv[3:])))
+print("losses", *t.go_on(program, t.restored(program, Path(sys.argv[2])), t.STEPS)[1])
 """
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
-    """A checkpoint of eight devices after three steps, and the losses of the three that follow there."""
-    folder = tmp_path_factory.mktemp("elastic") / "written"
-    train(folder, ALL, 3)
-    again = folder.rename(folder.with_name("read"))
-    return again, train(again, ALL, 6)
-
-
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 1, 2), (1, 4, 1), (2, 2, 4)], ids=str)
-def test_a_checkpoint_goes_on_elsewhere(written, mesh):
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 4)], ids=str)
+def test_a_run_goes_on_with_the_same_losses_elsewhere(written, mesh):
     folder, want = written
-    devices = int(np.prod(mesh))
-    if devices <= 8:
-        losses = train(folder, MeshConfig(*mesh), 6)
-    else:
-        command = [sys.executable, "-c", ELSEWHERE, str(devices), str(folder), *map(str, mesh)]
-        done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        losses = [float(x) for x in done.stdout.split("losses")[1].split()]
-    assert len(losses) == 3
+    command = [sys.executable, "-c", ELSEWHERE, str(np.prod(mesh)), str(folder), *map(str, mesh)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    losses = [float(x) for x in done.stdout.split("losses")[1].split()]
+    assert len(losses) == STEPS // 2
     np.testing.assert_allclose(losses, want, rtol=0, atol=1e-5)
