@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 Axes = tuple[str | None, ...]
@@ -55,3 +55,9 @@ def each_token(f: Callable[[Array], Any], x: Array) -> Any:
     if layout is None or tokens is None:
         return f(x)
     return jax.shard_map(f, mesh=layout.mesh, in_specs=tokens, out_specs=tokens, check_vma=False)(x)
+
+
+def whole(table: Array) -> Array:
+    """The table on every device: for small ones that tokens look up, which XLA would split and send the tokens after."""
+    layout = current()
+    return table if layout is None else jax.lax.with_sharding_constraint(table, NamedSharding(layout.mesh, PartitionSpec()))

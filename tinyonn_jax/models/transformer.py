@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tinyonn_jax.config import ModelConfig
 from tinyonn_jax.layers import attention, dynmoe, dynsiha, dynsiha_plus, experts, moie
 from tinyonn_jax.layers.base import Param, normal, ones, rms_norm, stack
+from tinyonn_jax.layers.layout import whole
 from tinyonn_jax.layers.routing import Router, RouterConfig, Routing, effective, entropy, stream_spec
 from tinyonn_jax.layers.tap import Tap
 
@@ -126,9 +127,9 @@ def spec(cfg: ModelConfig, tasks: int) -> Params:
 def _embed(
     params: Params, tokens: Int[Array, "B T"], task: Int[Array, " B"], dihedral: Int[Array, " B"], cfg: ModelConfig
 ) -> Float[Array, "B T D"]:
-    x = params.embed[tokens] + params.dihedral[dihedral][:, None]
+    x = whole(params.embed)[tokens] + whole(params.dihedral)[dihedral][:, None]
     if params.task is not None:
-        x = x + jnp.where(task[:, None] >= 0, params.task[jnp.maximum(task, 0)], 0)[:, None]  # task -1 is blank
+        x = x + jnp.where(task[:, None] >= 0, whole(params.task)[jnp.maximum(task, 0)], 0)[:, None]  # task -1 is blank
     return x.astype(cfg.dtype)
 
 
