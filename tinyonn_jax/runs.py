@@ -131,17 +131,17 @@ def train(run: Run, started: float | None = None) -> None:
         DataError: no sequence fits.
     """
     folder, config, sets = run.folder, run.config, run.sets
-    process = (jax.process_index(), jax.process_count())
     mesh = sharding.make_mesh(config.mesh)
-    course = _course(run, process, mesh)
-    batches = partial(course.batch_at, config.train.seed, process=process, multiple=sharding.row_shards(mesh))
+    process, feeding = jax.process_index(), sharding.feeding(mesh)
+    course = _course(run, feeding, mesh)
+    batches = partial(course.batch_at, config.train.seed, process=feeding, multiple=sharding.row_shards(mesh))
     program = assemble.assemble(config, mesh, len(sets.tasks), course.batch_at(config.train.seed, 0))
     parameters = assemble.count_parameters(program.spec)
-    if process[0] == 0:
+    if process == 0:
         write_atomically(folder / PARAMETERS, json.dumps(parameters, indent=2) + "\n")
 
     steps = config.train.steps
-    say = Progress(steps, process=process[0]).line
+    say = Progress(steps, process=process).line
     for line in (sets.audit, *_skipped(sets), *sets.messages, *course.messages):
         say(line)
     total, embeddings, routers = (parameters[name] for name in ("total", "embeddings", "routers"))
@@ -161,7 +161,7 @@ def train(run: Run, started: float | None = None) -> None:
 
         def snapshot(_: int, state: Any, metrics: dict[str, Any]) -> None:
             arrays = assemble.routing_snapshot(state, metrics)
-            if arrays and process[0] == 0:
+            if arrays and process == 0:
                 buffer = io.BytesIO()
                 np.savez(buffer, allow_pickle=False, **arrays)
                 write_atomically(folder / ROUTING, buffer.getvalue())
@@ -169,7 +169,7 @@ def train(run: Run, started: float | None = None) -> None:
         measure = assemble.make_validation(program)
         validate = None if course.test is None else partial(course.test, measure)
         schedule = replace(config.train, validate_every=steps // config.data.sequence) if config.data.sequence else config.train
-        with _writer(folder, done, process[0]) as writer, Progress(steps, done, process[0]) as display:
+        with _writer(folder, done, process) as writer, Progress(steps, done, process) as display:
             if config.data.sequence and not done and validate is not None:
                 writer.write(0, validate(state))  # what forward transfer is measured against
             loop.run(
@@ -182,7 +182,7 @@ def train(run: Run, started: float | None = None) -> None:
                 display,
                 max_skipped=config.optim.max_skipped,
                 put=program.put,
-                tokens=lambda batch: int(batch.length.sum()) * process[1],
+                tokens=lambda batch: int(batch.length.sum()) * feeding[1],
                 validate=validate,
                 on_checkpoint=snapshot,
                 started=started,
@@ -207,7 +207,7 @@ def _course(run: Run, process: tuple[int, int], mesh: Mesh) -> _Course:
         held_out = partial(validation_batches, dataset, process=process, multiple=sharding.row_shards(mesh))
         test = (lambda measure, state: measure(state, held_out())) if sets.validation else None
         return _Course(partial(batch_at, dataset), dataset.messages, test)
-    stages = build_stages(sets, config.data, config.train.steps, config.train.seed, mesh.size)
+    stages = build_stages(sets, config.data, config.train.steps, config.train.seed, sharding.row_shards(mesh))
 
     def mine(rows: np.ndarray) -> np.ndarray:
         return np.split(rows, process[1])[process[0]]

@@ -60,6 +60,20 @@ def row_shards(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
 
 
+def feeding(mesh: Mesh) -> tuple[int, int]:
+    """(p, P): this process feeds the p-th of P equal slices of a batch. Processes that share `expert` groups feed the same one.
+
+    Raises:
+        ConfigError: the slices of two processes overlap in part.
+    """
+    holders = [{device.process_index for device in group} for group in mesh.devices.reshape(row_shards(mesh), -1)]
+    slices = {p: tuple(i for i, group in enumerate(holders) if p in group) for p in set().union(*holders)}
+    different = sorted(set(slices.values()))
+    if len(different) * len(different[0]) != len(holders):
+        raise ConfigError("mesh.expert does not fit the processes: let it divide the devices of one process, or be a multiple")
+    return different.index(slices[jax.process_index()]), len(different)
+
+
 def layout(mesh: Mesh) -> Layout | None:
     """How routed layers run over the mesh; None on one device."""
     return Layout(mesh, partial(partition, mesh)) if mesh.size > 1 else None

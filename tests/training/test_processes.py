@@ -1,0 +1,81 @@
+"""Two processes on this machine are one run: the same losses as one process, stopped together, gone on with alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tinyonn_jax.config import ConfigError
+from tinyonn_jax.training import sharding
+
+ROOT = Path(__file__).parents[2]
+TRAIN = (
+    *(sys.executable, "experiments/arc.py", "train", "--preset", "smoke", "--data.buckets", "48"),
+    *("--data.tokens-per-batch", "384", "--train.steps", "50", "--train.log-every", "5", "--optim.matrices", "adamw"),
+)  # fmt: skip
+
+
+def start(folder: Path, *flags: str, **env: str) -> subprocess.Popen[str]:
+    line = [*TRAIN, "--workdir", str(folder), *flags]
+    return subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **env})
+
+
+def losses(folder: Path) -> dict[int, float]:
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {row["step"]: row["main_loss"] for row in rows}
+
+
+def finish(program: subprocess.Popen[str], status: int) -> str:
+    out, err = program.communicate(timeout=180)
+    assert program.returncode == status, err
+    return out
+
+
+def test_two_processes_train_as_one_stop_together_and_one_goes_on(tmp_path, unused_port):
+    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{unused_port}", "JAX_NUM_PROCESSES": "2"}
+    shared["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
+    pair = [start(tmp_path / "two", "--distributed", **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    while max(losses(tmp_path / "two"), default=0) < 15 and all(p.poll() is None for p in pair):
+        time.sleep(0.05)
+    pair[1].send_signal(signal.SIGTERM)  # one of them: both save, at the same step
+    said = [finish(program, 128 + signal.SIGTERM) for program in pair]
+    saved = {line for out in said for line in out.splitlines() if "resume with" in line}
+    stopped = max(losses(tmp_path / "two"))
+    assert len({line.split(";")[0] for line in saved}) == 1 and 15 <= stopped < 50
+    assert (tmp_path / "two" / "checkpoints" / str(stopped)).is_dir()
+
+    alone, reference = start(tmp_path / "two"), start(tmp_path / "one")
+    assert f"going on from step {stopped}" in finish(alone, 0)
+    finish(reference, 0)
+    got, want = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert got.keys() == want.keys() and max(got) == 50
+    np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=0, atol=1e-6)
+
+
+def mesh_of(processes: list[int], expert: int) -> SimpleNamespace:
+    """A mesh of devices that belong to these processes, `expert` of them side by side."""
+    devices = np.array([SimpleNamespace(process_index=p) for p in processes]).reshape(-1, 1, expert)
+    return SimpleNamespace(devices=devices, shape={"data": len(devices), "fsdp": 1, "expert": expert})
+
+
+@pytest.mark.parametrize(
+    ("processes", "expert", "slices"),
+    [([0, 0, 1, 1], 1, {0: (0, 2), 1: (1, 2)}), ([0, 0, 1, 1], 2, {0: (0, 2), 1: (1, 2)}), ([0, 1], 2, {0: (0, 1), 1: (0, 1)})],
+)
+def test_a_process_feeds_the_rows_that_its_devices_hold(processes, expert, slices, monkeypatch):
+    for process, expected in slices.items():
+        monkeypatch.setattr(sharding.jax, "process_index", lambda p=process: p)
+        assert sharding.feeding(mesh_of(processes, expert)) == expected
+
+
+def test_processes_that_share_rows_in_part_are_one_clear_line():
+    with pytest.raises(ConfigError, match=r"mesh\.expert"):
+        sharding.feeding(mesh_of([0, 0, 0, 1, 1, 1], 2))
