@@ -38,7 +38,8 @@ def step(mesh_cfg: MeshConfig):
     params = jax.device_put(make(spec), sharding.shardings(mesh, spec))
     loss_fn = over(sharding.layout(mesh))(make_loss(CONFIG, rule))
     batch = sharding.shard_batch(mesh, tiny.batch(ROWS, LENGTH))
-    compiled = jax.jit(lambda p, b: gradients(loss_fn, rule, p, None, b)).lower(params, batch).compile()
+    meta = rule.init(params, jax.eval_shape(loss_fn, params, None, batch)[1].routings)
+    compiled = jax.jit(lambda p, b: gradients(loss_fn, rule, p, meta, b)).lower(params, batch).compile()
     return compiled(params, batch), compiled.as_text()
 
 
