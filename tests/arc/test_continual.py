@@ -31,6 +31,7 @@ def test_measures_by_hand():
     assert measures(matrix) == pytest.approx(
         {
             "average_accuracy": (0.6 + 0.7 + 1.0) / 3,
+            "learning_accuracy": (0.9 + 0.8 + 1.0) / 3,
             "forgetting": ((0.9 - 0.6) + (0.8 - 0.7)) / 2,
             "backward_transfer": ((0.6 - 0.9) + (0.7 - 0.8)) / 2,
             "forward_transfer": ((0.3 - 0.2) + (0.5 - 0.3)) / 2,

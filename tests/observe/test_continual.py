@@ -47,7 +47,7 @@ def test_the_table_gives_intervals_where_there_are_several_seeds(results):
     header, (dense, dfc) = continual.lines(results)
     assert header[0] == "network" and header[-1] == "whole grids" and "forgetting" in header
     assert dense[:2] == ["dense/none", "50.0 ± 254.1"]
-    assert dfc == ["dfc/msaps", "70.0", "0.0", "0.0", "10.0", "25.0"]
+    assert dfc == ["dfc/msaps", "70.0", "70.0", "0.0", "0.0", "10.0", "25.0"]
 
 
 def test_the_picture_has_a_panel_for_each_network(results):

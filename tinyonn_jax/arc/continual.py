@@ -3,6 +3,7 @@
 With a_ij the accuracy on stage j after learning stage i (row 0: before any) of S stages,
 
     average accuracy    mean_j a_Sj
+    learning accuracy   mean_j a_jj                              (Riemer et al., 2019)
     forgetting          mean_{j<S} max_{0<i<S} a_ij − a_Sj       (Chaudhry et al., 2018)
     backward transfer   mean_{j<S} a_Sj − a_jj                   (Lopez-Paz and Ranzato, 2017)
     forward transfer    mean_{j>1} a_{j−1,j} − a_0j              (the same)
@@ -18,7 +19,7 @@ from tinyonn_jax.arc.batches import Batch, Dataset, Query, answered, batch_at, b
 from tinyonn_jax.arc.tasks import DataError, TaskSets
 from tinyonn_jax.config import DataConfig
 
-MEASURES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
+MEASURES = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer", "forward_transfer")
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ def build_stages(sets: TaskSets, cfg: DataConfig, steps: int, seed: int, multipl
 
 
 def measures(matrix: Float[np.ndarray, "S+1 S"]) -> dict[str, float]:
-    """The four `MEASURES` of a matrix of accuracies whose first row was taken before any learning."""
+    """The `MEASURES` of a matrix of accuracies whose first row was taken before any learning."""
     before, after = matrix[0], matrix[1:]
-    last, diagonal = after[-1, :-1], np.diagonal(after)[:-1]
+    last, learned = after[-1, :-1], np.diagonal(after)
     forward = np.diagonal(after, 1) - before[1:]
     forgetting = after[:-1, :-1].max(0) - last
-    means = (after[-1].mean(), forgetting.mean(), (last - diagonal).mean(), forward.mean())
+    means = (after[-1].mean(), learned.mean(), forgetting.mean(), (last - learned[:-1]).mean(), forward.mean())
     return dict(zip(MEASURES, map(float, means), strict=True))

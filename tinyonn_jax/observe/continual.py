@@ -90,9 +90,9 @@ def figure(results: Mapping[str, Any]) -> Figure:
             mean, cmap=SHARE_COLOURS, vmin=low, vmax=1, extent=(0.5, stages + 0.5, stages + 0.5, -0.5), aspect="auto"
         )
         ax.plot([0.5, stages + 0.5], [0.5, stages + 0.5], color="white", linewidth=1)
-        found = measures(mean)
+        end, forgot = (results[network]["stage_acc"][name]["mean"] for name in ("average_accuracy", "forgetting"))
         ax.set_title(
-            f"{network}\nat the end {percent(found['average_accuracy'])}, forgot {percent(found['forgetting'])}",
+            f"{network}\nat the end {percent(end)}, forgot {percent(forgot)}",
             loc="left", fontsize=9, color=INK,
         )  # fmt: skip
         ax.tick_params(colors=MUTED, labelsize=8, length=0)
