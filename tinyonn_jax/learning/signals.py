@@ -67,10 +67,12 @@ def summary(routing: Routing, signals: Signals) -> dict[str, Array]:
     active = routing.active.reshape(*routing.active.shape[:-1], cfg.groups, -1)
     surprise = jnp.where(active, signals.param.reshape(active.shape), jnp.inf)
     contested = active.sum(-1) > 1
-    top = 0  # slots are sorted by logit
+    least = surprise == jnp.min(surprise, -1, keepdims=True)  # no arg-min: it is slow over many modules on a CPU
     if routing.index is None:
-        top = jnp.argmax(jnp.where(active, routing.logits.reshape(active.shape), -jnp.inf), -1)
-    right = contested & (jnp.argmin(surprise, -1) == top)
+        logits = jnp.where(active, routing.logits.reshape(active.shape), -jnp.inf)
+        right = contested & jnp.any(least & (logits == jnp.max(logits, -1, keepdims=True)), -1)
+    else:
+        right = contested & least[..., 0]  # slots are sorted by logit
     slots = jnp.maximum(jnp.sum(routing.active), 1)
     return {
         "load": load,
