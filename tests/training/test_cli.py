@@ -243,7 +243,7 @@ MISTAKES = {
     "no such command": (["fly"], "train, continual, evaluate, predict, report, compare"),
     "a value that cannot be": (["train", "--workdir", "{}", "--model.dim", "0"], "model.dim must be at least 1"),
     "fields that do not fit": (["train", "--workdir", "{}", "--data.format", "context"], "model.task_embedding"),
-    "devices that do not divide": (["train", "--preset", "smoke", "--workdir", "{}", "--mesh.fsdp", "3"], "mesh.fsdp × mesh.expert (3 × 1)"),
+    "devices that do not divide": (["train", "--preset", "smoke", "--workdir", "{}", "--mesh.fsdp", "3"], "mesh.expert (3 × 1)"),
     "no such tasks": (["train", "--workdir", "{}", "--data.train", "nowhere"], "data.train: 'nowhere' does not exist"),
     "no such network": (["continual", "--workdir", "{}", "--networks", "dense"], "'dense' is not KIND/RULE"),
     "nothing in stages": (["continual", "--workdir", "{}", "--preset", "demo"], "preset demo mixes its tasks"),
