@@ -28,12 +28,13 @@ from tinyonn_jax import host
 from tinyonn_jax.arc import tokens
 from tinyonn_jax.arc.batches import Batch, batch_at, build_dataset
 from tinyonn_jax.arc.tasks import load_task_sets
-from tinyonn_jax.config import PRESETS, Config, LearningConfig, ModelConfig, OptimConfig
+from tinyonn_jax.config import Config, LearningConfig, ModelConfig, OptimConfig
 from tinyonn_jax.layers import base, experts
 from tinyonn_jax.layers.routing import RouterConfig, per_module, route
 from tinyonn_jax.layers.routing import spec as router_spec
 from tinyonn_jax.learning.rule import backprop
 from tinyonn_jax.models import transformer
+from tinyonn_jax.presets import PRESETS
 from tinyonn_jax.training import optim
 from tinyonn_jax.training.objective import make_loss, make_rule
 from tinyonn_jax.training.state import TrainState

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 from tinyonn_jax import cli
 from tinyonn_jax.arc.tasks import Pair, load_task_sets
 from tinyonn_jax.arc.tokens import COLOURS
-from tinyonn_jax.config import PRESETS, ConfigError, OptimConfig
+from tinyonn_jax.config import ConfigError, OptimConfig
 from tinyonn_jax.layers import base, sbl, spl
 from tinyonn_jax.layers.routing import RouterConfig
 from tinyonn_jax.learning.conflict import meet, meta_gradient
@@ -41,6 +41,7 @@ from tinyonn_jax.observe.conflict import conflict_figure
 from tinyonn_jax.observe.console import table
 from tinyonn_jax.observe.metrics import column, percent
 from tinyonn_jax.observe.writers import write_atomically
+from tinyonn_jax.presets import PRESETS
 from tinyonn_jax.training import Aux, TrainState, make_train_step
 from tinyonn_jax.training.loop import DivergedError
 from tinyonn_jax.training.optim import make_optimizer

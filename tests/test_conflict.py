@@ -13,9 +13,9 @@ from matplotlib.image import imread
 from experiments import conflict
 from tinyonn_jax import cli
 from tinyonn_jax.arc.tasks import Pair, load_task_sets
-from tinyonn_jax.config import PRESETS
 from tinyonn_jax.layers import base
 from tinyonn_jax.learning.rule import routers
+from tinyonn_jax.presets import PRESETS
 from tinyonn_jax.training import step as training
 
 N, INPUTS = 24, 7

@@ -21,7 +21,8 @@ import tyro
 
 from tinyonn_jax import host
 from tinyonn_jax.arc.tasks import DataError
-from tinyonn_jax.config import PRESETS, Config, ConfigError, EvalConfig, Kind, MeshConfig, Preset, RuleName
+from tinyonn_jax.config import Config, ConfigError, EvalConfig, Kind, MeshConfig, RuleName
+from tinyonn_jax.presets import PRESETS, Preset
 from tinyonn_jax.runs import stored_config, stored_preset
 from tinyonn_jax.training.checkpoint import CheckpointError
 from tinyonn_jax.training.loop import DivergedError, InterruptedRun

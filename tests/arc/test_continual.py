@@ -9,7 +9,8 @@ from tinyonn_jax.arc.augment import DIHEDRALS
 from tinyonn_jax.arc.batches import batch_at, build_dataset
 from tinyonn_jax.arc.continual import build_stages, measures
 from tinyonn_jax.arc.tasks import DataError, TaskSets, load_task_sets
-from tinyonn_jax.config import PRESETS, Config, ConfigError, DataConfig
+from tinyonn_jax.config import Config, ConfigError, DataConfig
+from tinyonn_jax.presets import PRESETS
 
 DATA = dataclasses.replace(PRESETS["smoke"][1].data, sequence=3, buckets=(48,))
 

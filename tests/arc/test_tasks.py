@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinyonn_jax.arc.tasks import DataError, Pair, Task, audit, from_json, load_source, load_task_sets, to_json
-from tinyonn_jax.config import PRESETS, DataConfig
+from tinyonn_jax.config import DataConfig
+from tinyonn_jax.presets import PRESETS
 
 GOOD = {
     "train": [{"input": [[1, 2]], "output": [[3]]}, {"input": [[4]], "output": [[5, 6]]}, {"input": [[7]], "output": [[8]]}],

@@ -10,8 +10,9 @@ import tyro
 from rich.console import Console
 
 from tests.observe import synthetic
-from tinyonn_jax.config import PRESETS, Config, ConfigError, from_json
+from tinyonn_jax.config import Config, ConfigError, from_json
 from tinyonn_jax.observe.report import compare, comparison, grid_svg, preset_and_flags, write_report
+from tinyonn_jax.presets import PRESETS
 
 VOID = {"meta", "img", "path"}
 

@@ -9,10 +9,11 @@ import pytest
 from tinyonn_jax.arc.batches import Dataset, batch_at, build_dataset, validation_batches
 from tinyonn_jax.arc.evaluate import teacher_forced_exact
 from tinyonn_jax.arc.tasks import TaskSets, load_task_sets
-from tinyonn_jax.config import PRESETS, Config, ConfigError, MeshConfig
+from tinyonn_jax.config import Config, ConfigError, MeshConfig
 from tinyonn_jax.layers import base
 from tinyonn_jax.learning.rule import routers
 from tinyonn_jax.models import transformer
+from tinyonn_jax.presets import PRESETS
 from tinyonn_jax.training import assemble, sharding
 
 

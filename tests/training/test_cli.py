@@ -16,7 +16,8 @@ import pytest
 
 from experiments import arc
 from tinyonn_jax import cli, runs
-from tinyonn_jax.config import PRESETS, ConfigError, from_json
+from tinyonn_jax.config import ConfigError, from_json
+from tinyonn_jax.presets import PRESETS
 from tinyonn_jax.training.checkpoint import steps
 
 ROOT = Path(__file__).parents[2]

@@ -69,7 +69,9 @@ def test_modules_go_over_expert():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
     assert sharding.partition(mesh, ("experts", "embed", "hidden"), (4, 8, 6)) == P("expert", "fsdp", None)
     assert sharding.partition(mesh, ("modules", "embed"), (4, 8)) == P("expert", "fsdp")
-    assert sharding.row_shards(mesh) == 4 and sharding.layout(mesh) is not None
+    assert sharding.row_shards(mesh) == 4
+    layout = sharding.layout(mesh)
+    assert layout is not None and layout.tokens(8) == P(("data", "fsdp")) and layout.tokens(6) is None
     assert sharding.layout(sharding.make_mesh(MeshConfig(data=1))) is None
 
 

@@ -278,6 +278,11 @@ def per_module(values: Float[Array, "N K"], routing: Routing) -> Float[Array, "N
     return jnp.sum(jnp.where(hit, values[..., None], 0), -2)
 
 
+def pooled(values: Float[Array, "*R M"], like: Float[Array, "*L M"]) -> Float[Array, "*L M"]:
+    """Values of modules, summed over recursions where all of them share one router; blocks with their own stay apart."""
+    return values if values.ndim == like.ndim else values.sum(0)
+
+
 def served(routing: Routing) -> Float[Array, "*R M"]:
     """How many tokens use each module."""
     return jnp.sum(per_module(jnp.ones_like(routing.weight), routing), -2)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tinyonn_jax.layers.routing import Router, Routing, effective, per_module, routing_logits, select, served
+from tinyonn_jax.layers.routing import Router, Routing, effective, per_module, pooled, routing_logits, select, served
 from tinyonn_jax.learning import variational
 from tinyonn_jax.learning.signals import Signals
 
@@ -148,8 +148,7 @@ def record(meta: MetaState, routings: Routings, signals: dict[str, Signals], met
     """Adds this step's use of every module, and moves the averages: of routing, and of `metrics["main_acc"]`, if it is there."""
     records = {}
     for name, total in meta.records.items():
-        used = served(routings[name])  # [*R,M]
-        records[name] = total + (used if used.ndim == total.ndim else used.sum(0))
+        records[name] = total + pooled(served(routings[name]), total)
     accuracy = metrics.get("main_acc", meta.accuracy)
     prior = {name: variational.follow(old, routings[name], decay) for name, old in meta.prior.items()}
     return replace(meta, records=records, prior=prior, accuracy=decay * meta.accuracy + (1 - decay) * accuracy)

@@ -141,8 +141,8 @@ def make_decoder(config: Config, mesh: Mesh) -> Decoder:
     cfg = config.model
 
     def rows(tree: Any, axis: int) -> Any:
-        over = NamedSharding(mesh, PartitionSpec(*(None,) * axis, sharding.RULES["batch"]))
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, over), tree)
+        split = NamedSharding(mesh, PartitionSpec(*(None,) * axis, sharding.RULES["batch"]))
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, split), tree)
 
     @over(sharding.layout(mesh))
     def decode(params, cache, *inputs):
