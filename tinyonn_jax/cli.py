@@ -213,7 +213,11 @@ def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if distributed:
         count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-        jax.distributed.initialize(num_processes=int(count) if count else None, process_id=int(index) if index else None)
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None,
+            process_id=int(index) if index else None,
+            heartbeat_timeout_seconds=30,  # after which a process that hangs, waiting for one that was killed, is ended
+        )
 
 
 def again() -> str:
@@ -230,6 +234,15 @@ def guard(main: Callable[[], None]) -> int:
         return _fail(str(error), 2)
     except DivergedError as error:
         return _fail(str(error), 1)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).partition("\n")[0]
+        return _fail(
+            f"this process failed, or lost another one of the run ({reason}); start the same command again, in as many processes "
+            "as are left",
+            1,
+        )
     except BrokenPipeError:  # whoever read the output, say `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -39,13 +39,29 @@ def finish(program: subprocess.Popen[str], status: int) -> str:
     return out
 
 
-def test_two_processes_train_as_one_stop_together_and_one_goes_on(tmp_path, unused_port):
-    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{unused_port}", "JAX_NUM_PROCESSES": "2"}
+def start_pair(folder: Path, port: int, step: int) -> list[subprocess.Popen[str]]:
+    """Two processes that train together, once they have reached a step."""
+    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
     shared["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
-    reference = start(tmp_path / "one")
-    pair = [start(tmp_path / "two", "--distributed", **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]
-    while max(losses(tmp_path / "two"), default=0) < 15 and all(p.poll() is None for p in pair):
+    pair = [start(folder, "--distributed", **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    while max(losses(folder), default=0) < step and all(p.poll() is None for p in pair):
         time.sleep(0.05)
+    return pair
+
+
+def test_a_killed_process_ends_the_other_soon_and_with_a_clear_line(tmp_path, unused_port):
+    pair = start_pair(tmp_path, unused_port, 5)
+    pair[1].kill()
+    killed = time.monotonic()
+    pair[1].communicate()
+    _, err = pair[0].communicate(timeout=60)
+    assert pair[0].returncode == 1 and time.monotonic() - killed < 60
+    assert "error: this process failed, or lost another one of the run (" in err and "Traceback" not in err
+
+
+def test_two_processes_train_as_one_stop_together_and_one_goes_on(tmp_path, unused_port):
+    reference = start(tmp_path / "one")
+    pair = start_pair(tmp_path / "two", unused_port, 15)
     pair[1].send_signal(signal.SIGTERM)  # one of them: both save, at the same step
     said = [finish(program, 128 + signal.SIGTERM) for program in pair]
     saved = {line for out in said for line in out.splitlines() if "resume with" in line}
