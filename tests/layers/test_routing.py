@@ -265,7 +265,12 @@ def test_entropy_matches_its_definition(seed):
     logits = np.random.default_rng(seed).normal(size=(3, 5)).astype(np.float32) * 3
     p = np.exp(logits.astype(np.float64))
     p /= p.sum(-1, keepdims=True)
-    np.testing.assert_allclose(_entropy(logits), -(p * np.log(p)).sum(-1), atol=1e-5)
+    h = -(p * np.log(p)).sum(-1)
+    np.testing.assert_allclose(_entropy(logits), h, atol=1e-5)
+    # dH/dz_i = Σ_j (−log p_j − 1) dp_j/dz_i with the softmax's Jacobian p_j (δ_ij − p_i)
+    jacobian = p[..., None] * np.eye(5) - p[..., None] * p[..., None, :]
+    np.testing.assert_allclose(_entropy_slope(logits), np.einsum("rj,rji->ri", -np.log(p) - 1, jacobian), atol=1e-5)
 
 
 _entropy = jax.jit(routing.entropy)
+_entropy_slope = jax.jit(jax.grad(lambda z: jnp.sum(routing.entropy(z))))

@@ -137,10 +137,27 @@ def drln(v: Float[Array, "..."], axis: int = -1, floor: float = 0.0) -> Float[Ar
     return ratio + jax.lax.stop_gradient(jnp.where(jnp.abs(v) == peak, jnp.sign(v) - ratio, 0))
 
 
+@jax.custom_vjp
 def entropy(logits: Float[Array, "*R P"]) -> Float[Array, "*R"]:
-    """Entropy of softmax(logits) over the last axis, in nats."""
-    log_p = jax.nn.log_softmax(logits, -1)
-    return -jnp.sum(jnp.exp(log_p) * log_p, -1)
+    """Entropy H = −Σ p log p of p = softmax(logits) over the last axis, in nats. Its gradient −p (log p + H) in closed form."""
+    return _entropy_fwd(logits)[0]
+
+
+def _entropy_fwd(logits):
+    peak = jnp.max(logits, -1, keepdims=True)
+    e = jnp.exp(logits - peak)
+    total = jnp.sum(e, -1, keepdims=True)
+    h = jnp.log(total) - jnp.sum(e * (logits - peak), -1, keepdims=True) / total
+    return h[..., 0], (logits, peak + jnp.log(total), h)
+
+
+def _entropy_bwd(saved, g):
+    logits, log_total, h = saved
+    log_p = logits - log_total
+    return (-g[..., None] * jnp.exp(log_p) * (log_p + h),)
+
+
+entropy.defvjp(_entropy_fwd, _entropy_bwd)
 
 
 def match(x: Float[Array, "N D"], proto: Float[Array, "M D"], cfg: RouterConfig) -> Float[Array, "N M"]:

@@ -71,10 +71,11 @@ def sars(
             good = jnp.broadcast_to(good, logits.shape)
             by_module = jnp.where(routing.valid[..., None], good.reshape(routing.logits.shape), 0)
             count = jnp.maximum(jnp.sum(routing.valid), 1)
+            gains, loses = (mean_over_tokens(jnp.mean(v, (-2, -1)), routing) for v in (good > 0, good < 0))
             per_layer[name] = {
-                "good_share": mean_over_tokens(jnp.mean(good > 0, (-2, -1)), routing),
-                "bad_share": mean_over_tokens(jnp.mean(good < 0, (-2, -1)), routing),
-                "idle_share": mean_over_tokens(jnp.mean(good == 0, (-2, -1)), routing),
+                "good_share": gains,
+                "bad_share": loses,
+                "idle_share": 1 - gains - loses,
                 "goodness": by_module.sum(range(by_module.ndim - 1)) / count,
             }
         count = max(len(losses), 1)

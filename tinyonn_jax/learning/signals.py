@@ -56,23 +56,14 @@ def summary(routing: Routing, signals: Signals) -> dict[str, Array]:
     """What a person watches of one routed layer; shares in [0, 1], over valid tokens and all recursions.
 
     `load [M]` share of the slots in use that each module serves; `gating_acc` share of (token, group) decisions with several
-    active modules whose top logit is the least surprising of them (by parameter gradient), NaN when no token has several.
+    active modules whose top logit is the least surprising of them (by parameter gradient). It is NaN when no token has several,
+    and for neurons, of which a token uses many at once and prefers none.
     """
-    cfg = routing.config
     used = served(routing)  # [*R,M]
     used = used.reshape(-1, used.shape[-1]).sum(0)
     total = jnp.maximum(jnp.sum(used), 1)
     load = used / total
     valid = jnp.maximum(jnp.sum(routing.valid), 1)
-    active = routing.active.reshape(*routing.active.shape[:-1], cfg.groups, -1)
-    surprise = jnp.where(active, signals.param.reshape(active.shape), jnp.inf)
-    contested = active.sum(-1) > 1
-    least = surprise == jnp.min(surprise, -1, keepdims=True)  # no arg-min: it is slow over many modules on a CPU
-    if routing.index is None:
-        logits = jnp.where(active, routing.logits.reshape(active.shape), -jnp.inf)
-        right = contested & jnp.any(least & (logits == jnp.max(logits, -1, keepdims=True)), -1)
-    else:
-        right = contested & least[..., 0]  # slots are sorted by logit
     slots = jnp.maximum(jnp.sum(routing.active), 1)
     return {
         "load": load,
@@ -81,10 +72,20 @@ def summary(routing: Routing, signals: Signals) -> dict[str, Array]:
         "max_load": jnp.max(load) * load.size,
         "dead_modules": jnp.sum(used == 0),
         "unrouted": jnp.sum(routing.unrouted) / valid,
-        "gating_acc": jnp.sum(right) / jnp.sum(contested),
+        "gating_acc": _gating_accuracy(routing, signals),
         "surprise_output": jnp.sum(signals.output) / slots,
         "surprise_param": jnp.sum(signals.param) / slots,
     }
+
+
+def _gating_accuracy(routing: Routing, signals: Signals) -> Array:
+    if routing.index is None:
+        return jnp.float32(jnp.nan)
+    active = routing.active.reshape(*routing.active.shape[:-1], routing.config.groups, -1)
+    surprise = jnp.where(active, signals.param.reshape(active.shape), jnp.inf)
+    contested = active.sum(-1) > 1
+    right = contested & (surprise[..., 0] == jnp.min(surprise, -1))  # slots are sorted by logit
+    return jnp.sum(right) / jnp.sum(contested)
 
 
 def average(values: list[Array]) -> Array:
