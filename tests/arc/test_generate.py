@@ -114,11 +114,11 @@ def test_prompts_are_what_the_hand_says():
 
 def greedy(decoder, params, prompts, cap, batch=4):
     """The answers in the order of the prompts, each of which is given once."""
-    parts = list(
-        generate.greedy(
-            decoder, params, lambda numbers: jax.tree.map(lambda a: a[np.array(numbers)], prompts), len(prompts.tokens), cap, batch
-        )
-    )
+
+    def ask(numbers):
+        return jax.tree.map(lambda a: a[np.array(numbers)], prompts)
+
+    parts = list(generate.greedy(decoder, params, ask, len(prompts.tokens), cap, batch))
     numbers = np.concatenate([numbers for numbers, _ in parts])
     assert sorted(numbers) == list(range(len(prompts.tokens)))
     return jax.tree.map(lambda *a: np.concatenate(a)[np.argsort(numbers)], *(found for _, found in parts))

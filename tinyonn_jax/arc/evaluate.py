@@ -123,12 +123,12 @@ def evaluate(
             found = jax.device_get(generate.search(decoder, params, ask(filled), cap, cfg.min_probability))
             yield numbers, jax.tree.map(lambda a, real=numbers: a[: len(real)], found)
 
-    everything = _distinct(groups, data)
-    done, total = 0, len(range(process, len(everything.asked), processes))
+    everything, plain = _distinct(groups, data), _Work([], [])
+    width = generate.search_width(cfg.min_probability)
     if cfg.decode == "search":
-        width = generate.search_width(cfg.min_probability)
         plain = _distinct({b: [query for query in group if query.view == Augmentation()] for b, group in groups.items()}, data)
-        total += len(range(process, len(plain.asked), processes))
+    done, total = 0, sum(len(range(process, len(work.asked), processes)) for work in (plain, everything))
+    if cfg.decode == "search":
         first = decode(plain, 1, greedily)
         answers = decode(everything, width, searching)
     else:
@@ -141,7 +141,7 @@ def evaluate(
         return Prediction(pair.input, pair.output, greedy, vote(pair.input, answers.get(key, [])))
 
     found = {task.id: tuple(prediction(task, i, pair) for i, pair in enumerate(task.test)) for task in tasks}
-    return Predictions(found, cfg.augmentations, checkpoint, too_long)
+    return Predictions(found, cfg.augmentations, checkpoint, too_long, len(plain.asked) + len(everything.asked))
 
 
 @jax.jit
