@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tinyonn_jax import __version__
@@ -37,7 +38,7 @@ from tinyonn_jax.observe.console import Progress
 from tinyonn_jax.observe.metrics import duration
 from tinyonn_jax.observe.writers import MetricsWriter, write_atomically
 from tinyonn_jax.training import assemble, loop, sharding
-from tinyonn_jax.training.checkpoint import Checkpoints, restore_params
+from tinyonn_jax.training.checkpoint import Checkpoints, meet, restore_params
 from tinyonn_jax.training.state import TrainState
 
 CONFIG, TASKS, ORIGIN, PARAMETERS = "config.json", "tasks.json", "run.json", "parameters.json"
@@ -230,7 +231,7 @@ class Trained:
     step: int
 
     def answer(self, tasks: tuple[Task, ...], say: Say | None = None) -> submission.Predictions:
-        """Answers every test input of `tasks` as `run.config.eval` says; `say` reports progress."""
+        """Answers every test input of `tasks` as `run.config.eval` says, many processes together; `say` reports progress."""
         config = self.run.config
         started = last = time.monotonic()
 
@@ -252,6 +253,8 @@ class Trained:
             seed=config.train.seed,
             checkpoint=self.step,
             progress=progress,
+            process=(jax.process_index(), jax.process_count()),
+            gather=_gather if jax.process_count() > 1 else None,
         )
 
     def per_recursion(self, tasks: tuple[Task, ...]) -> list[float] | None:
@@ -297,6 +300,7 @@ def evaluate(run: Run, checkpoint: Which) -> dict[str, Any] | None:
     predictions = trained.answer(run.sets.evaluation, say)
     seconds = time.monotonic() - started
     if process:
+        meet("score")
         return None
     for line in predictions.too_long:
         say(line)
@@ -306,7 +310,15 @@ def evaluate(run: Run, checkpoint: Which) -> dict[str, Any] | None:
     facts: dict[str, Any] = {"eval": asdict(run.config.eval), "speed": speed}
     if run.config.model.recursed:
         facts["greedy_per_recursion"] = trained.per_recursion(run.sets.evaluation)
-    return submission.save(run.folder, predictions, run.config.train.seed, **facts)
+    score = submission.save(run.folder, predictions, run.config.train.seed, **facts)
+    meet("score")
+    return score
+
+
+def _gather(mine: Any) -> Any:
+    """Arrays `[P,…]` of each process's own. They meet first: a collective gives up after half a minute (Gloo)."""
+    meet("answers")
+    return multihost_utils.process_allgather(mine)
 
 
 def find_task(run: Run, name: str) -> Task:

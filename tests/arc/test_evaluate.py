@@ -9,7 +9,7 @@ from tinyonn_jax.arc import generate, tokens
 from tinyonn_jax.arc.augment import Augmentation
 from tinyonn_jax.arc.batches import Batch, Query, prompts
 from tinyonn_jax.arc.evaluate import answer_cap, evaluate, exact, exact_per_recursion, exact_per_step, teacher_forced_exact
-from tinyonn_jax.arc.submission import build_submission, score, validate_submission
+from tinyonn_jax.arc.submission import build_submission, score, to_json, validate_submission
 from tinyonn_jax.arc.tasks import Pair, Task
 from tinyonn_jax.arc.tokens import END, ROW, VOCAB
 from tinyonn_jax.config import DataConfig, EvalConfig, ModelConfig
@@ -96,6 +96,41 @@ def test_one_compilation_a_bucket_and_steady_progress():
 def test_the_number_of_rows_in_a_batch_does_not_matter():
     one, many = (evaluate(PAINTER, OFFSET, TASKS[1:2], IDS, DATA, EvalConfig(augmentations=4, batch=batch)) for batch in (1, 64))
     assert build_submission(one) == build_submission(many)
+
+
+def test_equal_prompts_are_decoded_once_for_all_that_ask():
+    """Colour 0 is never permuted: sixteen views of a black cell are eight different prompts, and sixteen votes."""
+    found = evaluate(PAINTER, OFFSET, [task("a", (1, 1, 0))], IDS, DATA, EvalConfig(augmentations=16, batch=5))
+    assert found.sequences == 8
+    assert [(c.grid.tolist(), c.votes) for c in found.tasks["a"][0].candidates] == [([[0, 0], [0, 0]], 16)]
+
+
+@pytest.mark.parametrize("decode", ["greedy", "search"])
+def test_processes_share_the_work_and_all_have_the_answers(decode):
+    cfg = EvalConfig(augmentations=5, batch=4, decode=decode)
+    alone = evaluate(PAINTER, OFFSET, TASKS, IDS, DATA, cfg)
+    parts: list[list] = [[], [], []]
+
+    def keep(mine):
+        parts[p].append(mine)
+        return _stack([mine] * 3)
+
+    for p in range(3):  # what each decodes …
+        evaluate(PAINTER, OFFSET, TASKS, IDS, DATA, cfg, process=(p, 3), gather=keep)
+    given = map(_stack, zip(*parts, strict=True))  # … is given to all of them
+    seen: list[int] = []
+    together = evaluate(
+        *(PAINTER, OFFSET, TASKS, IDS, DATA, cfg),
+        progress=lambda done, total: seen.append(total),
+        process=(2, 3),
+        gather=lambda mine: next(given),
+    )
+    assert to_json(together) == to_json(alone) and together.sequences == alone.sequences
+    assert alone.sequences // 3 - 1 <= seen[-1] <= alone.sequences // 3
+
+
+def _stack(trees):
+    return jax.tree.map(lambda *a: np.stack(a), *trees)
 
 
 def test_a_blank_task_leaves_nothing_to_know():

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.arc import generate
@@ -58,12 +57,13 @@ def evaluate(
     cap: int | None = None,
     checkpoint: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    process: tuple[int, int] = (0, 1),
+    gather: Callable[[Any], Any] | None = None,
 ) -> Predictions:
     """Answers every test input of `tasks`: greedily as it is, and by a vote over `cfg.augmentations` views.
 
     Queries are grouped by prompt length, so that each bucket compiles once; equal prompts are decoded once, for all that ask.
-    Prompts longer than the longest bucket are not cut: they go unanswered, and `too_long` says so. Of several processes each
-    decodes its share by itself, and then all have all answers.
+    Prompts longer than the longest bucket are not cut: they go unanswered, and `too_long` says so.
 
     Args:
         decoder: the model, on devices of this process; one that stops recursing early (`cfg.entropy_stop`) does so by itself.
@@ -72,6 +72,8 @@ def evaluate(
         cap: tokens an answer may have; `answer_cap(data)` unless given.
         checkpoint: step of `params`, for the record.
         progress: called with the number of sequences that this process has decoded so far, and of all that it will, now and then.
+        process: (p, P) decodes the p-th of P shares, by itself.
+        gather: makes arrays `[P,S,…]` of those of each process `[S,…]`, and waits for all; needed where P > 1.
     """
     cap = answer_cap(data) if cap is None else cap
     rows = _rows(task_ids, cfg)
@@ -82,7 +84,7 @@ def evaluate(
         for test in range(len(task.test))
     ]
     groups, too_long = _group(queries, data)
-    process, processes = jax.process_index(), jax.process_count()
+    p, processes = process
 
     def decode(work: _Work, width: int, run: Callable[[_Ask, int], _Found]) -> _Answers:
         """The finished answers to each test input, in the order of the queries."""
@@ -90,7 +92,7 @@ def evaluate(
         share = -(-len(work.asked) // processes)
         tokens = np.full((share, width, cap), END, np.int8)  # prompt i is number i // P of process i % P
         logprob, finished = np.zeros((share, width), np.float32), np.zeros((share, width), bool)
-        mine = range(process, len(work.asked), processes)
+        mine = range(p, len(work.asked), processes)
         for bucket in reversed(groups):
             chosen = np.array([i for i in mine if work.asked[i][0] == bucket][::-1])  # longest first: what is last is done soon
 
@@ -104,7 +106,9 @@ def evaluate(
                 if progress:
                     progress(done, total)
         answers: _Answers = defaultdict(list)
-        tokens, logprob, finished = map(_merged, (tokens, logprob, finished))
+        if gather:
+            everyone = gather((tokens, logprob, finished))
+            tokens, logprob, finished = (a.swapaxes(0, 1).reshape(-1, *a.shape[2:]) for a in everyone)
         for query, i in work.askers:
             answers[query.task.id, query.test] += [
                 Answer(query.view, tokens[i, w], float(logprob[i, w])) for w in np.flatnonzero(finished[i])
@@ -127,7 +131,7 @@ def evaluate(
     width = generate.search_width(cfg.min_probability)
     if cfg.decode == "search":
         plain = _distinct({b: [query for query in group if query.view == Augmentation()] for b, group in groups.items()}, data)
-    done, total = 0, sum(len(range(process, len(work.asked), processes)) for work in (plain, everything))
+    done, total = 0, sum(len(range(p, len(work.asked), processes)) for work in (plain, everything))
     if cfg.decode == "search":
         first = decode(plain, 1, greedily)
         answers = decode(everything, width, searching)
@@ -209,13 +213,6 @@ def _distinct(groups: Mapping[int, Sequence[Query]], data: DataConfig) -> _Work:
                 work.asked.append((bucket, query))
             work.askers.append((query, numbers[told]))
     return work
-
-
-def _merged(mine: np.ndarray) -> np.ndarray:
-    """Every process's rows, `[S,…]` in each, in turn: `[S·P,…]` in all."""
-    if jax.process_count() == 1:
-        return mine
-    return multihost_utils.process_allgather(mine).swapaxes(0, 1).reshape(-1, *mine.shape[1:])
 
 
 def _group(queries: Sequence[Query], data: DataConfig, answer: bool = False) -> tuple[dict[int, list[Query]], tuple[str, ...]]:

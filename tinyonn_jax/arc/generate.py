@@ -108,22 +108,21 @@ def greedy(
         logprob=np.zeros(n, np.float32),
         finished=np.ones(n, bool),
     )
-    cache = None
-    prompts = None
 
-    def read(numbers: range) -> Prompts:
+    def filled(numbers: range) -> Prompts:
         return ask([*numbers, *[numbers[-1]] * (size - len(numbers))])
 
+    if not groups:
+        return
+    prompts = filled(groups[0])
+    cache = _empty(decoder, n, prompts.tokens.shape[1] + cap)
     for group, after in zip(groups, [*groups[1:], range(0)], strict=True):
-        prompts = read(group) if prompts is None else prompts
-        if cache is None:
-            cache = _empty(decoder, n, prompts.tokens.shape[1] + cap)
         into = np.full(size, n, np.int32)  # nowhere
         into[: len(group)] = np.flatnonzero(asked < 0)[: len(group)]
         asked[into[: len(group)]] = group
         leave = n - len(after) if after else 0
         cache, going = _turn(decoder, params, cache, rows, prompts, into, np.int32(leave))
-        prompts = read(after) if after else None  # while the devices work
+        prompts = filled(after) if after else prompts  # while the devices work
         rows = jax.device_get(going)
         done = np.flatnonzero((asked >= 0) & ~rows.going)
         yield asked[done], Completions(rows.tokens[done], rows.count[done], rows.logprob[done], rows.finished[done])
