@@ -120,7 +120,7 @@ def test_decoding_over_devices_is_decoding_on_one(data):
     config = smoke("dyntrm")
     params = base.init(jax.random.key(0), transformer.spec(config.model, len(sets.tasks)))
     params = params.replace(head=params.head * 50)  # far from ties
-    queries = [Query(task, 0, row, Augmentation(d)) for row, task in enumerate(sets.tasks) for d in (0, 3, 5, 6)]
+    queries = [Query(task, 0, row, Augmentation(d)) for row, task in enumerate(sets.evaluation) for d in (0, 3, 5, 6)]
     found = []
     for mesh in (MeshConfig(data=1), MeshConfig(data=4, fsdp=2)):
         decoder = assemble.make_decoder(config, sharding.make_mesh(mesh))
