@@ -50,7 +50,6 @@ def learn_continually(args: cli.Continual) -> None:
 
 
 def _open(args: cli.Trained) -> tuple[runs.Run, Any]:
-    cli.set_up(args.compilation_cache)
     run = runs.open_run(args.workdir)
     checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
     if checkpoint not in ("latest", "best") and isinstance(checkpoint, str):
@@ -59,7 +58,10 @@ def _open(args: cli.Trained) -> tuple[runs.Run, Any]:
 
 
 def evaluate(args: cli.Evaluate) -> None:
-    score = runs.evaluate(*_open(args), print)
+    cli.set_up(args.compilation_cache, args.distributed)
+    score = runs.evaluate(*_open(args))
+    if score is None:
+        return
     header = ["", "outputs", "task mean", "tasks"]
     names = ("outputs", "task_mean", "tasks")
     lines = [[name, *(percent(score[name][key]) for key in names)] for name in ("pass@1", "pass@2")]
@@ -71,6 +73,7 @@ def evaluate(args: cli.Evaluate) -> None:
 
 
 def predict(args: cli.Predict) -> None:
+    cli.set_up(args.compilation_cache)
     run, checkpoint = _open(args)
     if bool(args.task) == (args.file is not None):
         raise ConfigError("predict needs one of --task ID and --file FILE")

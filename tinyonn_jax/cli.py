@@ -30,6 +30,8 @@ from tinyonn_jax.training.loop import DivergedError, InterruptedRun
 A = TypeVar("A")
 Flat = tyro.conf.arg(name="")
 Workdir = Annotated[Path, tyro.conf.arg(help="Run folder, for instance runs/a.")]
+_ONE_OF_MANY = "TPU pod, Slurm, Open MPI, or JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+Distributed = Annotated[bool, tyro.conf.arg(help=f"One process of many: {_ONE_OF_MANY}.")]
 PRESET_LINES = "\n".join(f"{name}: {line}" for name, (line, _) in PRESETS.items())
 
 
@@ -42,8 +44,7 @@ class Train:
     preset: Annotated[Preset, tyro.conf.arg(help=f"Where the defaults of all other fields come from.\n{PRESET_LINES}\n")] = "demo"
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that the next start takes seconds."""
-    distributed: bool = False
-    """One process of many: TPU pod, Slurm, Open MPI, or JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
+    distributed: Distributed = False
 
 
 NETWORKS = (
@@ -98,6 +99,8 @@ class Trained:
 @dataclass(frozen=True)
 class Evaluate(Trained):
     """Answer the test inputs, vote, and write predictions.json, submission.json and score.json."""
+
+    distributed: Distributed = False
 
 
 @dataclass(frozen=True)

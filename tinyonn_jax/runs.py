@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tinyonn_jax import __version__
@@ -34,9 +35,10 @@ from tinyonn_jax.config import Config, ConfigError, differences, from_json, to_j
 from tinyonn_jax.layers import base
 from tinyonn_jax.models import transformer
 from tinyonn_jax.observe.console import Progress
+from tinyonn_jax.observe.metrics import duration
 from tinyonn_jax.observe.writers import MetricsWriter, write_atomically
 from tinyonn_jax.training import assemble, loop, sharding
-from tinyonn_jax.training.checkpoint import Checkpoints, restore_params
+from tinyonn_jax.training.checkpoint import Checkpoints, meet, restore_params
 from tinyonn_jax.training.state import TrainState
 
 CONFIG, TASKS, ORIGIN, PARAMETERS = "config.json", "tasks.json", "run.json", "parameters.json"
@@ -229,15 +231,17 @@ class Trained:
     step: int
 
     def answer(self, tasks: tuple[Task, ...], say: Say | None = None) -> submission.Predictions:
-        """Answers every test input of `tasks` as `run.config.eval` says; `say` reports progress."""
+        """Answers every test input of `tasks` as `run.config.eval` says, many processes together; `say` reports progress."""
         config = self.run.config
-        last = time.monotonic()
+        started = last = time.monotonic()
 
         def progress(done: int, total: int) -> None:
             nonlocal last
-            if say is not None and (done == total or time.monotonic() - last > 5):
-                last = time.monotonic()
-                say(f"decoded {done:,} of {total:,} sequences")
+            now = time.monotonic()
+            if say is not None and done and (done == total or now - last > 5):
+                last, rate = now, done / max(now - started, 1e-9)
+                pace = f"{rate:,.0f} a second" if rate >= 10 else f"{60 * rate:,.0f} a minute"
+                say(f"decoded {done:,} of {total:,} sequences, {pace}, {duration((total - done) / rate)} left")
 
         return answer(
             assemble.make_decoder(config, self.mesh),
@@ -249,6 +253,8 @@ class Trained:
             seed=config.train.seed,
             checkpoint=self.step,
             progress=progress,
+            process=(jax.process_index(), jax.process_count()),
+            gather=_gather if jax.process_count() > 1 else None,
         )
 
     def per_recursion(self, tasks: tuple[Task, ...]) -> list[float] | None:
@@ -261,13 +267,13 @@ class Trained:
 
 
 def load(run: Run, checkpoint: Which, say: Say) -> Trained:
-    """The parameters of a run, from one of its checkpoints.
+    """The parameters of a run, from one of its checkpoints, on the devices of this process: of many, each has them all.
 
     Raises:
         CheckpointError: there is no such checkpoint.
         ConfigError: the devices do not fit the mesh.
     """
-    mesh = sharding.make_mesh(run.config.mesh)
+    mesh = sharding.make_mesh(run.config.mesh, local=True)
     say(_devices(mesh))
     spec = transformer.spec(run.config.model, len(run.sets.tasks))
     like = sharding.abstract(mesh, spec, lambda: base.init(jax.random.key(0), spec))
@@ -275,21 +281,44 @@ def load(run: Run, checkpoint: Which, say: Say) -> Trained:
     return Trained(run, mesh, jax.jit(transformer.refined)(params), step)  # not again for every token
 
 
-def evaluate(run: Run, checkpoint: Which, say: Say) -> dict[str, Any]:
+def evaluate(run: Run, checkpoint: Which) -> dict[str, Any] | None:
     """Answers every evaluated test input, writes predictions.json, submission.json and score.json, and returns the score.
+
+    Of many processes each answers its share, on a mesh of its own devices; the first alone writes and says what it does, and the
+    others return None. The score's `speed` counts the sequences of all and the seconds from the first prompt to the last answer,
+    compilation included.
 
     Raises:
         CheckpointError, ConfigError: see `load`.
     """
+    process, processes = jax.process_index(), jax.process_count()
+    say = Progress(0, process=process).line
     trained = load(run, checkpoint, say)
+    if processes > 1:
+        say(f"{processes} processes share the sequences; progress is that of the first")
+    started = time.monotonic()
     predictions = trained.answer(run.sets.evaluation, say)
+    seconds = time.monotonic() - started
+    if process:
+        meet("score")
+        return None
     for line in predictions.too_long:
         say(line)
     submission.validate_submission(submission.build_submission(predictions), run.sets.evaluation)
-    facts: dict[str, Any] = {"eval": asdict(run.config.eval)}
+    sequences = predictions.sequences
+    speed = {"sequences": sequences, "seconds": seconds, "sequences_per_second": sequences / seconds}
+    facts: dict[str, Any] = {"eval": asdict(run.config.eval), "speed": speed}
     if run.config.model.recursed:
         facts["greedy_per_recursion"] = trained.per_recursion(run.sets.evaluation)
-    return submission.save(run.folder, predictions, run.config.train.seed, **facts)
+    score = submission.save(run.folder, predictions, run.config.train.seed, **facts)
+    meet("score")
+    return score
+
+
+def _gather(mine: Any) -> Any:
+    """Arrays `[P,…]` of each process's own. They meet first: a collective gives up after half a minute (Gloo)."""
+    meet("answers")
+    return multihost_utils.process_allgather(mine)
 
 
 def find_task(run: Run, name: str) -> Task:

@@ -9,7 +9,7 @@ from tinyonn_jax.arc import generate, tokens
 from tinyonn_jax.arc.augment import Augmentation
 from tinyonn_jax.arc.batches import Batch, Query, prompts
 from tinyonn_jax.arc.evaluate import answer_cap, evaluate, exact, exact_per_recursion, exact_per_step, teacher_forced_exact
-from tinyonn_jax.arc.submission import build_submission, score, validate_submission
+from tinyonn_jax.arc.submission import build_submission, score, to_json, validate_submission
 from tinyonn_jax.arc.tasks import Pair, Task
 from tinyonn_jax.arc.tokens import END, ROW, VOCAB
 from tinyonn_jax.config import DataConfig, EvalConfig, ModelConfig
@@ -87,14 +87,50 @@ def test_every_evaluation_starts_from_an_empty_vote():
 def test_one_compilation_a_bucket_and_steady_progress():
     shapes, progress = [], []
     evaluate(painter(shapes), OFFSET, TASKS, IDS, DATA, EVAL, progress=lambda done, total: progress.append((done, total)))
-    assert sorted(shapes) == [(5, 1), (5, 1), (5, 4), (5, 6)]  # prompts of 4 or 6 tokens; then one token at a time
+    assert sorted(shapes) == [(2, 4), (2, 6), (5, 1), (5, 1)]  # two prompts at once, of 4 or 6 tokens; then one token at a time
     assert progress[-1] == (40, 40)
-    assert [done for done, _ in progress] == [5, 10, 15, 20, 24, 29, 34, 39, 40]  # 24 views of single cells, 16 of dominoes
+    steps = np.diff([done for done, _ in progress])
+    assert len(progress) == 12 + 8 and all(0 <= step <= 5 for step in steps)  # 24 views of single cells, 16 of dominoes
 
 
 def test_the_number_of_rows_in_a_batch_does_not_matter():
     one, many = (evaluate(PAINTER, OFFSET, TASKS[1:2], IDS, DATA, EvalConfig(augmentations=4, batch=batch)) for batch in (1, 64))
     assert build_submission(one) == build_submission(many)
+
+
+def test_equal_prompts_are_decoded_once_for_all_that_ask():
+    """Colour 0 is never permuted: sixteen views of a black cell are eight different prompts, and sixteen votes."""
+    found = evaluate(PAINTER, OFFSET, [task("a", (1, 1, 0))], IDS, DATA, EvalConfig(augmentations=16, batch=5))
+    assert found.sequences == 8
+    assert [(c.grid.tolist(), c.votes) for c in found.tasks["a"][0].candidates] == [([[0, 0], [0, 0]], 16)]
+
+
+@pytest.mark.parametrize("decode", ["greedy", "search"])
+def test_processes_share_the_work_and_all_have_the_answers(decode):
+    cfg = EvalConfig(augmentations=5, batch=4, decode=decode)
+    alone = evaluate(PAINTER, OFFSET, TASKS, IDS, DATA, cfg)
+    parts: list[list] = [[], [], []]
+
+    def keep(mine):
+        parts[p].append(mine)
+        return _stack([mine] * 3)
+
+    for p in range(3):  # what each decodes …
+        evaluate(PAINTER, OFFSET, TASKS, IDS, DATA, cfg, process=(p, 3), gather=keep)
+    given = map(_stack, zip(*parts, strict=True))  # … is given to all of them
+    seen: list[int] = []
+    together = evaluate(
+        *(PAINTER, OFFSET, TASKS, IDS, DATA, cfg),
+        progress=lambda done, total: seen.append(total),
+        process=(2, 3),
+        gather=lambda mine: next(given),
+    )
+    assert to_json(together) == to_json(alone) and together.sequences == alone.sequences
+    assert alone.sequences // 3 - 1 <= seen[-1] <= alone.sequences // 3
+
+
+def _stack(trees):
+    return jax.tree.map(lambda *a: np.stack(a), *trees)
 
 
 def test_a_blank_task_leaves_nothing_to_know():
@@ -173,7 +209,9 @@ def test_what_is_decoded_with_a_cache_is_exact_when_teacher_forced(kind):
     cap = 12
     queries = [Query(t, 0, row, Augmentation(d)) for row, t in enumerate(TASKS[:2], -1) for d in (0, 3, 5, 6)]
     asked = prompts(queries, 8)
-    said = np.array(generate.greedy(decoder, params, asked, cap).tokens)
+    said = np.zeros((len(queries), cap), np.int32)
+    for numbers, found in generate.greedy(decoder, params, lambda i: prompts([queries[k] for k in i], 8), len(queries), cap, 4):
+        said[numbers] = found.tokens  # two rows of the cache served three prompts each
     assert len(np.unique(said)) > 3
     batch = written(asked, said)
     forward = jax.jit(lambda batch: transformer.apply(params, batch, cfg, steps=True))

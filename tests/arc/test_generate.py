@@ -112,30 +112,38 @@ def test_prompts_are_what_the_hand_says():
     assert PROMPTS.prefix.tolist() == [4, 5, 14, 10]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_greedy_equals_an_uncached_loop(seed):
-    params = _params(seed)
+def greedy(decoder, params, prompts, cap, batch=4):
+    """The answers in the order of the prompts, each of which is given once."""
+
+    def ask(numbers):
+        return jax.tree.map(lambda a: a[np.array(numbers)], prompts)
+
+    parts = list(generate.greedy(decoder, params, ask, len(prompts.tokens), cap, batch))
+    numbers = np.concatenate([numbers for numbers, _ in parts])
+    assert sorted(numbers) == list(range(len(prompts.tokens)))
+    return jax.tree.map(lambda *a: np.concatenate(a)[np.argsort(numbers)], *(found for _, found in parts))
+
+
+@pytest.mark.parametrize("batch", [1, 4, 6, 64])
+def test_greedy_equals_an_uncached_loop(batch):
+    """Whatever is decoded side by side; rows of a batch are read into again when their answers, of many lengths, are complete."""
+    params = _params(batch)
     params[:, END] += 2
-    cap = 9
-    found = generate.greedy(HASHING, params, PROMPTS, cap)
-    for row, prompt in enumerate(ENCODED):
+    cap, count = 9, 19
+    encoded = [ENCODED[i % 4] for i in range(count)]
+    prompts = _prompts(encoded, [i % 7 - 1 for i in range(count)], [i % 8 for i in range(count)], 20)
+    found = greedy(HASHING, params, prompts, cap, batch)
+    for row, prompt in enumerate(encoded):
         answer, total = [], 0.0
         while END not in answer and len(answer) < cap:
-            logprobs = _step(params, prompt, answer, int(PROMPTS.task[row]), int(PROMPTS.dihedral[row]))
+            logprobs = _step(params, prompt, answer, int(prompts.task[row]), int(prompts.dihedral[row]))
             answer.append(int(np.argmax(logprobs)))
             total += float(np.max(logprobs))
         assert found.tokens[row].tolist() == answer + [END] * (cap - len(answer))
         assert int(found.length[row]) == len(answer)
         assert bool(found.finished[row]) == (END in answer)
         np.testing.assert_allclose(found.logprob[row], total, rtol=1e-5, atol=1e-5)
-
-
-def test_padding_of_the_prompt_and_the_company_in_the_batch_do_not_matter():
-    params = _params(5)
-    wide = generate.greedy(HASHING, params, _prompts(ENCODED, [0, 1, -1, 5], [0, 3, 0, 7], 30), 9)
-    for row, prompt in enumerate(ENCODED):
-        alone = _prompts([prompt], PROMPTS.task[row : row + 1], PROMPTS.dihedral[row : row + 1])
-        np.testing.assert_array_equal(generate.greedy(HASHING, params, alone, 9).tokens[0], wide.tokens[row])
+    assert len(set(found.length.tolist())) > 4
 
 
 # A model that says `params[task]`, a [steps, V] table of logits, one row a token, and shows the positions it was fed.
@@ -146,7 +154,7 @@ def _scripted(shown):
         step = jnp.clip(start[:, None] + jnp.arange(tokens.shape[1]) + 1 - prefix[:, None], 0, params.shape[1] - 1)
         return params[task[:, None], step], cache
 
-    return generate.Decoder(lambda batch, length: jnp.zeros((1, batch, 1)), decode)
+    return generate.Decoder(lambda batch, length: jnp.zeros((1, batch, length)), decode)
 
 
 def test_positions_probability_and_early_stop_worked_by_hand():
@@ -158,7 +166,7 @@ def test_positions_probability_and_early_stop_worked_by_hand():
     params[0, np.arange(5), SEP] = math.log(0.25)
     params[1, :, END] = 0
     prompts = _prompts([ENCODED[1], ENCODED[2]], [0, 1], [0, 0])
-    found = generate.greedy(_scripted(shown), params, prompts, 100)
+    found = greedy(_scripted(shown), params, prompts, 100, 2)
     jax.effects_barrier()
     assert found.tokens[0, :6].tolist() == [*script, END]
     assert found.length.tolist() == [5, 1] and found.finished.tolist() == [True, True]
@@ -169,15 +177,27 @@ def test_positions_probability_and_early_stop_worked_by_hand():
 def test_a_row_that_never_ends_runs_to_the_cap_and_is_not_finished():
     params = np.zeros((1, 1, VOCAB), np.float32)
     params[0, 0, 4] = 1
-    found = generate.greedy(_scripted([]), params, _prompts([ENCODED[0]], [0], [0]), 6)
+    found = greedy(_scripted([]), params, _prompts([ENCODED[0]], [0], [0]), 6)
     assert found.tokens.tolist() == [[4] * 6] and found.length.tolist() == [6] and found.finished.tolist() == [False]
 
 
-def test_one_compilation_for_any_parameters_and_prompts_of_one_shape():
+def test_the_batch_stays_full():
+    """Answers of 5, 2, 5 and 2 tokens in two rows: the third prompt takes the place of the second, the last that of the first."""
+    shown = []
+    params = np.zeros((2, 5, VOCAB), np.float32)
+    params[0, np.arange(5), [7, 8, 9, 9, END]] = 1
+    params[1, np.arange(2), [7, END]] = 1
+    found = greedy(_scripted(shown), params, _prompts([ENCODED[0]] * 4, [0, 1, 0, 1], [0] * 4), 9, 2)
+    jax.effects_barrier()
+    assert found.length.tolist() == [5, 2, 5, 2]
+    assert len(shown) == 5  # the first token of each comes with its prompt; 4 + 4 in batches of two
+
+
+def test_one_compilation_for_any_parameters_and_number_of_prompts():
     counter = []
     decoder = _hashing(counter)
-    for seed in range(3):
-        generate.greedy(decoder, _params(seed), PROMPTS, 5)
+    for count in range(1, 5):
+        greedy(decoder, _params(count), jax.tree.map(lambda a, n=count: a[:n], PROMPTS), 5)
     assert len(counter) == 2  # the prompt and one token
 
 

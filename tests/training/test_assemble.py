@@ -6,10 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from tinyonn_jax.arc.batches import Dataset, batch_at, build_dataset, validation_batches
-from tinyonn_jax.arc.evaluate import teacher_forced_exact
+from tinyonn_jax.arc import generate
+from tinyonn_jax.arc.augment import Augmentation
+from tinyonn_jax.arc.batches import Dataset, Query, batch_at, build_dataset, prompts, validation_batches
+from tinyonn_jax.arc.evaluate import evaluate, teacher_forced_exact
 from tinyonn_jax.arc.tasks import TaskSets, load_task_sets
-from tinyonn_jax.config import Config, ConfigError, MeshConfig
+from tinyonn_jax.config import Config, ConfigError, EvalConfig, MeshConfig
 from tinyonn_jax.layers import base
 from tinyonn_jax.learning.rule import routers
 from tinyonn_jax.models import transformer
@@ -110,3 +112,27 @@ def test_widths_are_chosen_for_equal_numbers_of_parameters(kind):
 def test_too_few_parameters_are_refused():
     with pytest.raises(ConfigError, match="a block of kind dfc has"):
         assemble.narrowed(dataclasses.replace(PRESETS["continual"][1].model, kind="dfc"), 1000)
+
+
+def test_decoding_over_devices_is_decoding_on_one(data):
+    """A batch that does not divide by the devices grows until it does, and so does what is read into it at once."""
+    sets, _ = data
+    config = smoke("dyntrm")
+    params = base.init(jax.random.key(0), transformer.spec(config.model, len(sets.tasks)))
+    params = params.replace(head=params.head * 50)  # far from ties
+    queries = [Query(task, 0, row, Augmentation(d)) for row, task in enumerate(sets.evaluation) for d in (0, 3, 5, 6)]
+    found = []
+    for mesh in (MeshConfig(data=1), MeshConfig(data=4, fsdp=2)):
+        decoder = assemble.make_decoder(config, sharding.make_mesh(mesh))
+        tokens, logprob = np.zeros((len(queries), 6), np.int32), np.zeros(len(queries))
+        for numbers, answers in generate.greedy(
+            decoder, params, lambda numbers: prompts([queries[i] for i in numbers], 24), len(queries), 6, 10
+        ):
+            tokens[numbers], logprob[numbers] = answers.tokens, answers.logprob
+        found.append((tokens, logprob))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-4)
+    assert len(queries) > 16 and len(np.unique(found[0][0], axis=0)) > 8
+
+    cfg = EvalConfig(augmentations=2, batch=10, decode="search", min_probability=0.3)  # three prompts at once would not divide
+    assert evaluate(decoder, params, sets.evaluation, sets.task_ids, config.data, cfg, cap=2).sequences > 20

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -213,6 +214,9 @@ def test_evaluate_predict_and_report_need_the_folder_alone(copy, tmp_path, monke
     assert done.returncode == 0, done.stderr
     score = json.loads((copy / "score.json").read_text())
     assert score["checkpoint"] == 60 and score["augmentations"] == 2
+    speed = score["speed"]
+    assert speed["sequences_per_second"] == pytest.approx(speed["sequences"] / speed["seconds"]) and 10 < speed["sequences"] <= 20
+    assert re.search(r"decoded (\d+) of \1 sequences, [\d,]+ a (second|minute), 0:00 left", done.stdout)
     assert all(0 <= score[name][key] <= 1 for name in ("pass@1", "pass@2") for key in ("outputs", "task_mean", "tasks"))
     submission = json.loads((copy / "submission.json").read_text())
     predictions = json.loads((copy / "predictions.json").read_text())["tasks"]

@@ -1,7 +1,8 @@
-"""Two processes on this machine are one run: the same losses as one process, stopped together, gone on with alone."""
+"""Two processes on this machine are one run: the same losses as one process, stopped together, gone on with alone, one score."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +17,15 @@ from tinyonn_jax.config import ConfigError
 from tinyonn_jax.training import sharding
 
 ROOT = Path(__file__).parents[2]
+ARC = (sys.executable, "experiments/arc.py")
 TRAIN = (
-    *(sys.executable, "experiments/arc.py", "train", "--preset", "smoke", "--data.buckets", "48"),
+    *("train", "--preset", "smoke", "--data.buckets", "48"),
     *("--data.tokens-per-batch", "384", "--train.steps", "50", "--train.log-every", "5", "--optim.matrices", "adamw"),
 )  # fmt: skip
 
 
-def start(folder: Path, *flags: str, **env: str) -> subprocess.Popen[str]:
-    line = [*TRAIN, "--workdir", str(folder), *flags]
+def start(folder: Path, command: tuple[str, ...], *flags: str, **env: str) -> subprocess.Popen[str]:
+    line = [*ARC, *command, "--workdir", str(folder), *flags]
     return subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **env})
 
 
@@ -39,18 +41,30 @@ def finish(program: subprocess.Popen[str], status: int) -> str:
     return out
 
 
-def start_pair(folder: Path, port: int, step: int) -> list[subprocess.Popen[str]]:
-    """Two processes that train together, once they have reached a step."""
+def start_two(folder: Path, command: tuple[str, ...], port: int) -> list[subprocess.Popen[str]]:
     shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
     shared["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
-    pair = [start(folder, "--distributed", **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    return [start(folder, command, "--distributed", **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]
+
+
+def train_two(folder: Path, port: int, step: int, *flags: str) -> list[subprocess.Popen[str]]:
+    """Two processes that train together, once they have reached a step."""
+    pair = start_two(folder, (*TRAIN, *flags), port)
     while max(losses(folder), default=0) < step and all(p.poll() is None for p in pair):
         time.sleep(0.05)
     return pair
 
 
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run trained by one process."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    finish(start(folder, TRAIN), 0)
+    return folder
+
+
 def test_a_killed_process_ends_the_other_soon_and_with_a_clear_line(tmp_path, unused_port):
-    pair = start_pair(tmp_path, unused_port, 5)
+    pair = train_two(tmp_path, unused_port, 5, "--train.steps", "5000")
     pair[1].kill()
     killed = time.monotonic()
     pair[1].communicate()
@@ -59,9 +73,8 @@ def test_a_killed_process_ends_the_other_soon_and_with_a_clear_line(tmp_path, un
     assert "error: this process failed, or lost another one of the run (" in err and "Traceback" not in err
 
 
-def test_two_processes_train_as_one_stop_together_and_one_goes_on(tmp_path, unused_port):
-    reference = start(tmp_path / "one")
-    pair = start_pair(tmp_path / "two", unused_port, 15)
+def test_two_processes_train_as_one_stop_together_and_one_goes_on(reference, tmp_path, unused_port):
+    pair = train_two(tmp_path / "two", unused_port, 15)
     pair[1].send_signal(signal.SIGTERM)  # one of them: both save, at the same step
     said = [finish(program, 128 + signal.SIGTERM) for program in pair]
     saved = {line for out in said for line in out.splitlines() if "resume with" in line}
@@ -69,11 +82,30 @@ def test_two_processes_train_as_one_stop_together_and_one_goes_on(tmp_path, unus
     assert len({line.split(";")[0] for line in saved}) == 1 and 15 <= stopped < 50
     assert (tmp_path / "two" / "checkpoints" / str(stopped)).is_dir()
 
-    assert f"going on from step {stopped}" in finish(start(tmp_path / "two"), 0)
-    finish(reference, 0)
-    got, want = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert f"going on from step {stopped}" in finish(start(tmp_path / "two", TRAIN), 0)
+    got, want = losses(tmp_path / "two"), losses(reference)
     assert got.keys() == want.keys() and max(got) == 50
     np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=0, atol=1e-6)
+
+
+def test_two_processes_share_an_evaluation_and_the_first_writes_the_score_of_one(reference, tmp_path, unused_port):
+    two = Path(shutil.copytree(reference, tmp_path / "two"))
+    finish(start(reference, ("evaluate",)), 0)
+    said = [finish(program, 0) for program in start_two(two, ("evaluate",), unused_port)]
+    assert "2 processes share" in said[0] and "pass@2" in said[0]
+    assert "devices:" not in said[1] and "decoded" not in said[1] and "pass@2" not in said[1]
+    assert (two / "submission.json").read_bytes() == (reference / "submission.json").read_bytes()
+    alone, together = (json.loads((folder / "score.json").read_text()) for folder in (reference, two))
+    assert together.pop("speed")["sequences"] == alone.pop("speed")["sequences"] == 40
+    assert together == alone
+    entries, others = (
+        [e for t in json.loads((f / "predictions.json").read_text())["tasks"].values() for e in t] for f in (reference, two)
+    )
+    assert any(entry["candidates"] for entry in entries)
+    for entry, other in zip(entries, others, strict=True):
+        assert entry["greedy"] == other["greedy"]
+        assert [(c["grid"], c["votes"]) for c in entry["candidates"]] == [(c["grid"], c["votes"]) for c in other["candidates"]]
+        assert [c["logprob"] for c in entry["candidates"]] == pytest.approx([c["logprob"] for c in other["candidates"]], abs=1e-4)
 
 
 def mesh_of(processes: list[int], expert: int) -> SimpleNamespace:

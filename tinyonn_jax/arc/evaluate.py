@@ -1,12 +1,14 @@
 """Evaluation: every test input in several views, decoded in batches, voted on; and the exact match of teacher-forced sequences.
 
 The two agree: a greedy answer is right exactly when every teacher-forced arg-max is, which validation uses (one forward pass, no
-decoding). Letters: B sequences, T positions, V vocabulary, R recursions, W completions a query. Source: ARC.md.
+decoding). Letters: B sequences, T positions, V vocabulary, R recursions, W completions a query, K prompts, P processes, S prompts
+of each. Source: ARC.md.
 """
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,20 @@ from tinyonn_jax.arc.augment import Augmentation, views
 from tinyonn_jax.arc.batches import Batch, Prompts, Query, answered, bucket_for, encode_query, prompts
 from tinyonn_jax.arc.submission import Prediction, Predictions
 from tinyonn_jax.arc.tasks import Pair, Task
-from tinyonn_jax.arc.tokens import MAX_SIDE
+from tinyonn_jax.arc.tokens import END, MAX_SIDE
 from tinyonn_jax.arc.vote import Answer, read, vote
 from tinyonn_jax.config import DataConfig, EvalConfig
 
 _Answers = dict[tuple[str, int], list[Answer]]  # by task id and test input
+_Ask = Callable[[Sequence[int]], Prompts]  # the prompts of these numbers
+_Found = Iterator[tuple[np.ndarray, generate.Completions]]  # numbers [K] of prompts, and what follows them [K,W,…]
+
+
+class _Work(NamedTuple):
+    """Different prompts, each as (bucket, a query that has it), shortest first; and every query with the number of its prompt."""
+
+    asked: list[tuple[int, Query]]
+    askers: list[tuple[Query, int]]
 
 
 def answer_cap(data: DataConfig) -> int:
@@ -46,19 +57,23 @@ def evaluate(
     cap: int | None = None,
     checkpoint: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    process: tuple[int, int] = (0, 1),
+    gather: Callable[[Any], Any] | None = None,
 ) -> Predictions:
     """Answers every test input of `tasks`: greedily as it is, and by a vote over `cfg.augmentations` views.
 
-    Queries are grouped by prompt length, and the last batch of a group is filled up, so that each bucket compiles once. Prompts
-    longer than the longest bucket are not cut: they go unanswered, and `too_long` says so.
+    Queries are grouped by prompt length, so that each bucket compiles once; equal prompts are decoded once, for all that ask.
+    Prompts longer than the longest bucket are not cut: they go unanswered, and `too_long` says so.
 
     Args:
-        decoder: the model; one that stops recursing early (`cfg.entropy_stop`) does so by itself.
+        decoder: the model, on devices of this process; one that stops recursing early (`cfg.entropy_stop`) does so by itself.
         task_ids: rows of the task embedding; other tasks, and with `cfg.blank_task` all, get a blank one (-1).
         seed: of the augmentations.
         cap: tokens an answer may have; `answer_cap(data)` unless given.
         checkpoint: step of `params`, for the record.
-        progress: called with the number of sequences decoded so far, and of all, after each batch.
+        progress: called with the number of sequences that this process has decoded so far, and of all that it will, now and then.
+        process: (p, P) decodes the p-th of P shares, by itself.
+        gather: makes arrays `[P,S,…]` of those of each process `[S,…]`, and waits for all; needed where P > 1.
     """
     cap = answer_cap(data) if cap is None else cap
     rows = _rows(task_ids, cfg)
@@ -69,40 +84,59 @@ def evaluate(
         for test in range(len(task.test))
     ]
     groups, too_long = _group(queries, data)
-    plain = {bucket: [query for query in group if query.view == Augmentation()] for bucket, group in groups.items()}
-    searching = cfg.decode == "search"
-    total = sum(map(len, groups.values())) + searching * sum(map(len, plain.values()))
-    done = 0
+    p, processes = process
 
-    def decode(groups: dict[int, list[Query]], size: int, run: Callable[[Prompts], generate.Completions]) -> _Answers:
+    def decode(work: _Work, width: int, run: Callable[[_Ask, int], _Found]) -> _Answers:
         """The finished answers to each test input, in the order of the queries."""
         nonlocal done
-        answers: _Answers = defaultdict(list)
-        for bucket, group in groups.items():
-            for chunk in (group[i : i + size] for i in range(0, len(group), size)):
-                filled = chunk + chunk[-1:] * (size - len(chunk))
-                found = jax.device_get(run(prompts(filled, bucket, data.format)))
-                for row, query in enumerate(chunk):
-                    answers[query.task.id, query.test] += [
-                        Answer(query.view, np.asarray(found.tokens[row, w]), float(found.logprob[row, w]))
-                        for w in np.flatnonzero(found.finished[row])
-                    ]
-                done += len(chunk)
+        share = -(-len(work.asked) // processes)
+        tokens = np.full((share, width, cap), END, np.int8)  # prompt i is number i // P of process i % P
+        logprob, finished = np.zeros((share, width), np.float32), np.zeros((share, width), bool)
+        mine = range(p, len(work.asked), processes)
+        for bucket in reversed(groups):
+            chosen = np.array([i for i in mine if work.asked[i][0] == bucket][::-1])  # longest first: what is last is done soon
+
+            def ask(numbers: Sequence[int], bucket: int = bucket, chosen: np.ndarray = chosen) -> Prompts:
+                return prompts([work.asked[i][1] for i in chosen[numbers]], bucket, data.format)
+
+            for numbers, found in run(ask, len(chosen)):
+                at = chosen[numbers] // processes
+                tokens[at], logprob[at], finished[at] = found.tokens, found.logprob, found.finished
+                done += len(numbers)
                 if progress:
                     progress(done, total)
+        answers: _Answers = defaultdict(list)
+        if gather:
+            everyone = gather((tokens, logprob, finished))
+            tokens, logprob, finished = (a.swapaxes(0, 1).reshape(-1, *a.shape[2:]) for a in everyone)
+        for query, i in work.askers:
+            answers[query.task.id, query.test] += [
+                Answer(query.view, tokens[i, w], float(logprob[i, w])) for w in np.flatnonzero(finished[i])
+            ]
         return answers
 
-    def greedily(batch: Prompts) -> generate.Completions:
-        return jax.tree.map(lambda a: a[:, None], generate.greedy(decoder, params, batch, cap))
+    def greedily(ask: _Ask, count: int) -> _Found:
+        for numbers, found in generate.greedy(decoder, params, ask, count, cap, cfg.batch):
+            yield numbers, jax.tree.map(lambda a: a[:, None], found)
 
-    if searching:
-        width = generate.search_width(cfg.min_probability)
-        first = decode(plain, cfg.batch, greedily)
-        answers = decode(
-            groups, max(1, cfg.batch // width), lambda batch: generate.search(decoder, params, batch, cap, cfg.min_probability)
-        )
+    def searching(ask: _Ask, count: int) -> _Found:
+        size = generate.round_up(max(cfg.batch // width, 1), decoder.multiple)
+        for first in range(0, count, size):
+            numbers = np.arange(first, min(first + size, count))
+            filled = np.pad(numbers, (0, size - len(numbers)), "edge").tolist()
+            found = jax.device_get(generate.search(decoder, params, ask(filled), cap, cfg.min_probability))
+            yield numbers, jax.tree.map(lambda a, real=numbers: a[: len(real)], found)
+
+    everything, plain = _distinct(groups, data), _Work([], [])
+    width = generate.search_width(cfg.min_probability)
+    if cfg.decode == "search":
+        plain = _distinct({b: [query for query in group if query.view == Augmentation()] for b, group in groups.items()}, data)
+    done, total = 0, sum(len(range(p, len(work.asked), processes)) for work in (plain, everything))
+    if cfg.decode == "search":
+        first = decode(plain, 1, greedily)
+        answers = decode(everything, width, searching)
     else:
-        answers = decode(groups, cfg.batch, greedily)
+        answers = decode(everything, 1, greedily)
         first = {key: [answer for answer in found if answer.view == Augmentation()] for key, found in answers.items()}
 
     def prediction(task: Task, test: int, pair: Pair) -> Prediction:
@@ -111,7 +145,7 @@ def evaluate(
         return Prediction(pair.input, pair.output, greedy, vote(pair.input, answers.get(key, [])))
 
     found = {task.id: tuple(prediction(task, i, pair) for i, pair in enumerate(task.test)) for task in tasks}
-    return Predictions(found, cfg.augmentations, checkpoint, too_long)
+    return Predictions(found, cfg.augmentations, checkpoint, too_long, len(plain.asked) + len(everything.asked))
 
 
 @jax.jit
@@ -164,6 +198,21 @@ def exact_per_recursion(
 def _rows(task_ids: Sequence[str], cfg: EvalConfig) -> dict[str, int]:
     """Rows of the task embedding by task id; none for blank ones."""
     return {} if cfg.blank_task else {name: row for row, name in enumerate(task_ids)}
+
+
+def _distinct(groups: Mapping[int, Sequence[Query]], data: DataConfig) -> _Work:
+    """The work that queries, by bucket, are: prompts are equal when the model is told the same."""
+    work, numbers = _Work([], []), {}
+    for bucket, group in groups.items():
+        for query in group:
+            tokens, positions, _ = encode_query(query, data.format)
+            prompt = hashlib.sha256(tokens.tobytes() + positions.tobytes()).digest()
+            told = (prompt, query.row, query.view.dihedral)
+            if told not in numbers:
+                numbers[told] = len(work.asked)
+                work.asked.append((bucket, query))
+            work.askers.append((query, numbers[told]))
+    return work
 
 
 def _group(queries: Sequence[Query], data: DataConfig, answer: bool = False) -> tuple[dict[int, list[Query]], tuple[str, ...]]:

@@ -39,13 +39,14 @@ class Prediction:
 class Predictions:
     """The predictions of every test input of every task, in order; `too_long` has a line for each input that did not fit.
 
-    `augmentations`: views that voted, at most; `checkpoint`: step of the evaluated parameters.
+    `augmentations`: views that voted, at most; `checkpoint`: step of the evaluated parameters; `sequences`: prompts decoded.
     """
 
     tasks: dict[str, tuple[Prediction, ...]]
     augmentations: int
     checkpoint: int
     too_long: tuple[str, ...] = ()
+    sequences: int = 0
 
 
 def to_json(predictions: Predictions) -> str:

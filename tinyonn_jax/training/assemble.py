@@ -150,7 +150,7 @@ def make_decoder(config: Config, mesh: Mesh) -> Decoder:
         stop = config.eval.entropy_stop
         return transformer.decode(params, cache, tokens, positions, start, prefix, task, dihedral, cfg, stop=stop)
 
-    return Decoder(lambda batch, length: rows(transformer.init_cache(cfg, batch, length), 1), decode)
+    return Decoder(lambda batch, length: rows(transformer.init_cache(cfg, batch, length), 1), decode, sharding.row_shards(mesh))
 
 
 def count_parameters(spec: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 _OWN_ITEMS = ("params", "ema")
 _CHECKSUMS = "checksums.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"
+_FOREVER = 30 * 24 * 3_600_000  # milliseconds
 S = TypeVar("S")
 Say = Callable[[str], None]
 
@@ -173,6 +174,11 @@ def restore_params(
     elif step not in good:
         raise CheckpointError(f"{folder}: the checkpoint of step {step} is damaged; there are {', '.join(map(str, good))}")
     return _read(folder / str(step), {which: like})[which], step
+
+
+def meet(place: str) -> None:
+    """Returns when all processes are here, however long that takes; an error if one of them dies."""
+    ocp.multihost.get_barrier_sync_fn()(key=place, timeout_ms=_FOREVER)
 
 
 def _items(state: Any) -> dict[str, Any]:

@@ -29,15 +29,15 @@ RULES: dict[str, tuple[str, ...]] = {
 """Logical axis → mesh axes; an axis that is not named here is never split."""
 
 
-def make_mesh(cfg: MeshConfig) -> Mesh:
-    """The mesh `data × fsdp × expert` over the devices of all processes, with automatic partitioning.
+def make_mesh(cfg: MeshConfig, local: bool = False) -> Mesh:
+    """The mesh `data × fsdp × expert` over the devices of all processes, or of this one (`local`), with automatic partitioning.
 
-    `data` 0 takes all that remain; a single process may use fewer devices than there are.
+    `data` 0 takes all that remain; a process by itself may use fewer devices than there are.
 
     Raises:
         ConfigError: the devices do not divide so.
     """
-    devices, inner = jax.devices(), cfg.fsdp * cfg.expert
+    devices, inner = jax.local_devices() if local else jax.devices(), cfg.fsdp * cfg.expert
     data = cfg.data or len(devices) // inner
     if not cfg.data and (data == 0 or len(devices) % inner):
         raise ConfigError(
@@ -45,7 +45,7 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
             "or set mesh.data"
         )
     used = data * inner
-    if used > len(devices) or (jax.process_count() > 1 and used != len(devices)):
+    if used > len(devices) or (not local and jax.process_count() > 1 and used != len(devices)):
         need = "needs" if used > len(devices) else "leaves some of the processes without a device: it takes"
         raise ConfigError(
             f"mesh.data × mesh.fsdp × mesh.expert ({data} × {cfg.fsdp} × {cfg.expert}) {need} {used} devices, and there are "
