@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 from tinyonn_jax.layers import kernels
 from tinyonn_jax.layers.kernels import Choice, Kernel
 
-PLATFORMS: dict[str, Kernel] = {"cpu": "loop", "default": "ragged"}
-"""The kernel of each platform; `default` for all others."""
+PLATFORMS: dict[str, Kernel] = {"cpu": "loop", "cuda": "padded", "rocm": "padded", "default": "ragged"}
+"""The kernel of each platform; `default` for all others. For GPUs XLA makes of `lax.ragged_dot` every module on every row."""
 
 _choice: ContextVar[Choice] = ContextVar("grouped", default="auto")
 
@@ -39,7 +39,8 @@ def using(choice: Choice) -> Iterator[None]:
 
 def title(choice: Choice, platform: str) -> str:
     """What a choice comes down to on a platform, in words."""
-    return kernels.TITLES[PLATFORMS.get(platform, PLATFORMS["default"]) if choice == "auto" else choice]
+    own = PLATFORMS.get("cuda" if platform == "gpu" else platform, PLATFORMS["default"])
+    return kernels.TITLES[own if choice == "auto" else choice]
 
 
 @flax.struct.dataclass

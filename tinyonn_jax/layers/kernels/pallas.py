@@ -79,7 +79,8 @@ def _rows_kernel(tile: _Tile, modules: int, transposed: bool, tapped: bool, modu
             return total + _dot(a, w, trans_b=transposed), norm
 
         start = jnp.zeros((tile.rows, tile.columns), jnp.float32), jnp.zeros(tile.rows, jnp.float32)
-        total, norm = lax.fori_loop(0, jnp.where(module < modules, pl.cdiv(inputs, tile.inner), 0), body, start)
+        steps = jnp.where(module < modules, jnp.int32(pl.cdiv(inputs, tile.inner)), jnp.int32(0))
+        total, norm = lax.fori_loop(jnp.int32(0), steps, body, start)
         triton.store(out_ref.at[at_rows, at_columns], total.astype(out_ref.dtype), mask=owned[:, None] & below[None])
         if tapped:
             x_ref, _, norm_ref = refs
@@ -119,7 +120,7 @@ def _weights_kernel(tile: _Tile, tapped: bool, first_ref, size_ref, x_ref, g_ref
         return total + _dot(x, _load(g_ref, (at, at_outputs), (owned, right)), trans_a=True)
 
     start = jnp.zeros((tile.rows, tile.columns), jnp.float32)
-    total = lax.fori_loop(0, (size + tile.inner - 1) // tile.inner, body, start)
+    total = lax.fori_loop(jnp.int32(0), (size + tile.inner - 1) // tile.inner, body, start)
     triton.store(dw_ref.at[module, at_inputs, at_outputs], total.astype(dw_ref.dtype), mask=left[:, None] & right[None])
     if tapped:
         norm_ref[0][i, j, module] = jnp.sum(jnp.square(total))

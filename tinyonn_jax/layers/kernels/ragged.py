@@ -1,4 +1,4 @@
-"""For GPUs and TPUs: the backend's own grouped matmul."""
+"""For TPUs: the backend's own grouped matmul."""
 
 import jax.numpy as jnp
 from jax import lax
