@@ -1,11 +1,14 @@
 """The ratios this project promises, measured: `python experiments/benchmark.py [--only NAME …] [--json FILE]`.
 
+`benchmark.py gpu` measures what needs a GPU, and checks first that it computes the right thing there (see gpu.py).
+
 Ratios are taken in one process, runs interleaved in random order, medians, in CPU time on a CPU (`time.process_time`) and wall
 time elsewhere; the row `noise` is one function against itself. A row is ok when its value keeps its limit.
 """
 
 import argparse
 import dataclasses
+import importlib
 import json
 import random
 import statistics
@@ -13,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from tinyonn_jax.arc.batches import Batch, batch_at, build_dataset
 from tinyonn_jax.arc.tasks import load_task_sets
 from tinyonn_jax.config import Config, LearningConfig, ModelConfig, OptimConfig
 from tinyonn_jax.layers import base, experts
+from tinyonn_jax.layers import grouped as grouped_matmul
 from tinyonn_jax.layers.routing import RouterConfig, per_module, route
 from tinyonn_jax.layers.routing import spec as router_spec
 from tinyonn_jax.learning.rule import backprop
@@ -43,17 +47,25 @@ from tinyonn_jax.training.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One measured figure: ok when value ≤ limit, or ≥ limit with `least`."""
+    """One measured figure: ok when value ≤ limit, or ≥ limit with `least`.
+
+    Without a limit it is only to be known; without a value it was not measured, or could not be for the `error`.
+    """
 
     row: str
-    value: float
-    limit: float
+    value: float | None
+    limit: float | None = None
     unit: str = "ratio"
     least: bool = False
+    error: str = ""
 
     @property
-    def ok(self) -> bool:
-        """Whether the value keeps its limit."""
+    def ok(self) -> bool | None:
+        """Whether the value keeps its limit; an error does not, and None is neither."""
+        if self.limit is None or (self.value is None and not self.error):
+            return None
+        if self.value is None:
+            return False
         return self.value >= self.limit if self.least else self.value <= self.limit
 
 
@@ -111,6 +123,19 @@ def whole_step(model: ModelConfig, batch: Batch, rule: str = "sars") -> tuple[Ca
         return metrics["main_loss"]
 
     return run, program
+
+
+def useful_flops(model: ModelConfig, batch: Batch) -> float:
+    """FLOPs of a `dyntrm` training step that the result needs: six for every weight that a token uses, and those of attention
+    over the positions that tokens see. Routers, optimizers and what remat computes again are not counted."""
+    heads, c, f = model.heads * model.active_heads, model.head_dim, model.expert_hidden * (3 if model.gated else 2)
+    experts = (model.active_experts + model.shared_experts) * f
+    weights = model.dim * (2 * c * (heads + model.heads) + experts)
+    length, prefix = np.asarray(batch.length, np.float64), np.asarray(batch.prefix, np.float64)
+    pairs = np.sum(length * (length + 1) + prefix * (prefix - 1)) / 2  # causal, and the rest of the prefix's square
+    return float(
+        model.depth * (6 * weights * length.sum() + 12 * heads * c * pairs) + 6 * model.dim * tokens.VOCAB * length.sum()
+    )
 
 
 def plain_step(model: ModelConfig, batch: Batch) -> Callable[[], Any]:
@@ -175,10 +200,61 @@ def grouped() -> Iterator[Row]:
 
 
 def library() -> Iterator[Row]:
-    """A larger library at the same active compute."""
+    """Larger libraries at the same active compute."""
     batch = random_batch(16, 128)
-    m = medians({str(e): whole_step(ModelConfig(experts=e), batch)[0] for e in (8, 128)}, repeats=5)
-    yield Row("library: step at E=128 ÷ E=8, K=2", m["128"] / m["8"], 2.0)
+    for small, large, limit in ((8, 128, 2.0), (16, 1024, 2.5)):
+        m = medians({str(e): whole_step(ModelConfig(experts=e), batch)[0] for e in (small, large)}, repeats=5)
+        yield Row(f"library: step at E={large:,} ÷ E={small}, K=2", m[str(large)] / m[str(small)], limit)
+
+
+@jax.custom_vjp
+def move(rows: Any, index: Any, back: Any) -> Any:
+    """rows[index], zero where there is none; the gradient is a gather too, with `back`."""
+    return rows.at[index].get(mode="fill", fill_value=0)
+
+
+move.defvjp(
+    lambda rows, index, back: (move(rows, index, back), (index, back)), lambda saved, g: (move(g, *saved[::-1]), None, None)
+)
+
+
+def capacity() -> Iterator[Row]:
+    """Dropless grouped experts against a batched einsum of 1.25 times the mean load, which drops tokens: forward and backward."""
+    n, d, f, k = 2048, 256, 256, 2
+    x = jax.random.normal(jax.random.key(0), (n, d))
+    for e in (8, 32, 128):
+        cfg = RouterConfig(modules=e, slots=k)
+        params = base.init(jax.random.key(1), experts.mlp_spec(d, f, False, e))
+        routing = route(base.init(jax.random.key(2), router_spec(d, cfg)), x, cfg)
+        room = -(-5 * n * k // (4 * e))
+
+        def dropless(params, x, routing=routing):
+            return jnp.sum(experts.routed_mlp(params, x, routing, False) ** 2)
+
+        def capped(params, x, routing=routing, e=e, room=room):
+            plan = grouped_matmul.plan(routing.slots, routing.active, e)
+            module = routing.slots.reshape(-1)
+            rank = plan.inverse - (jnp.cumsum(plan.sizes) - plan.sizes)[module]
+            place = jnp.where(rank < room, module * room + rank, e * room)
+            pair = jnp.full(e * room, n * k).at[place].set(jnp.arange(n * k), mode="drop")
+            rows = move(jnp.repeat(x, k, 0), pair, place).reshape(e, room, d)
+            h = jax.nn.silu(jnp.einsum("erd,edf->erf", rows, params.w_in))
+            y = move(jnp.einsum("erf,efd->erd", h, params.w_out).reshape(-1, d), place, pair)
+            return jnp.sum(jnp.einsum("nkd,nk->nd", y.reshape(n, k, d), routing.weight) ** 2)
+
+        a, b = jax.jit(jax.grad(dropless, (0, 1))), jax.jit(jax.grad(capped, (0, 1)))
+        m = medians({"dropless": lambda a=a, p=params: a(p, x), "capped": lambda b=b, p=params: b(p, x)})
+        yield Row(f"capacity: dropless ÷ einsum of capacity 1.25, E={e}, K=2", m["dropless"] / m["capped"], 1.3)
+
+
+def rate() -> Iterator[Row]:
+    """The whole `dyntrm` step's FLOP/s against those of a plain matmul, on as many threads."""
+    batch, a = random_batch(16, 128), jnp.ones((1024, 1024))
+    matmul = jax.jit(jnp.matmul)
+    for model, name in ((ModelConfig(), "D=128"), (ModelConfig(dim=512, heads=8, head_dim=64, expert_hidden=512), "D=512")):
+        m = medians({"step": whole_step(model, batch)[0], "matmul": lambda: matmul(a, a)})
+        achieved = useful_flops(model, batch) / m["step"] / (2 * 1024**3 / m["matmul"])
+        yield Row(f"rate: dyntrm step, {name}, FLOP/s ÷ those of a matmul", achieved, 0.5, least=True)
 
 
 def memory() -> Iterator[Row]:
@@ -304,7 +380,22 @@ def throughput() -> Iterator[Row]:
 
 ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     f.__name__: f
-    for f in (noise, signals, grouped, library, memory, large, neurons, large_neurons, decoding, data, start, throughput)
+    for f in (
+        noise,
+        signals,
+        grouped,
+        capacity,
+        library,
+        rate,
+        memory,
+        large,
+        neurons,
+        large_neurons,
+        decoding,
+        data,
+        start,
+        throughput,
+    )
 }
 
 
@@ -316,29 +407,52 @@ def machine() -> str:
     return f"{jax.device_count()} × {jax.devices()[0].device_kind}, jax {jax.__version__}, float32 matmul {rate:.0f} GFLOP/s"
 
 
+COMMANDS = {"gpu": "gpu"}
+"""First word of the command line → the module beside this file whose `main(arguments)` it runs."""
+
+
+def report(measured: Iterable[Row], file: Path | None) -> bool:
+    """Prints rows as they come, then as a table, and writes them as JSON; whether none misses its limit."""
+    console, rows = Console(), []
+    for row in measured:
+        console.print(f"{row.row}: {_shown(row)}", highlight=False)
+        rows.append(row)
+    table = Table("row", "value", "limit", "unit", "ok")
+    for row in rows:
+        limit = "" if row.limit is None else f"{'≥' if row.least else '≤'} {row.limit:g}"
+        table.add_row(row.row, _shown(row, unit=False), limit, row.unit, {True: "yes", False: "NO", None: ""}[row.ok])
+    console.print(table)
+    if file:
+        kept = [{"row": row.row, "value": row.value, "limit": row.limit, "ok": row.ok} for row in rows]
+        file.write_text(json.dumps(kept, indent=2) + "\n")
+    return all(row.ok is not False for row in rows)
+
+
+def _shown(row: Row, unit: bool = True) -> str:
+    if row.value is None:
+        return row.error or "not measured"
+    return f"{row.value:.4g} {row.unit if unit else ''}".rstrip()
+
+
+def _measured(names: Iterable[str]) -> Iterator[Row]:
+    for name in names:
+        for row in ROWS[name]():
+            yield row
+            jax.clear_caches()
+
+
 def main() -> None:
     """Measures the chosen rows, prints a table, writes JSON; exit status 1 if a row misses its limit."""
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        importlib.import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     rows_help = "; ".join(f"{name}: {(f.__doc__ or '').rstrip('.')}" for name, f in ROWS.items())
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME", help=rows_help)
     parser.add_argument("--json", type=Path, help="also write the rows to this file: a list of {row, value, limit, ok}")
     args = parser.parse_args()
-    console = Console()
-    console.print(machine())
-    table = Table("row", "value", "limit", "unit", "ok")
-    rows = []
-    for name in args.only:
-        for row in ROWS[name]():
-            console.print(f"{row.row}: {row.value:.4g} {row.unit}", highlight=False)
-            table.add_row(
-                row.row, f"{row.value:.4g}", f"{'≥' if row.least else '≤'} {row.limit:g}", row.unit, "yes" if row.ok else "NO"
-            )
-            rows.append({"row": row.row, "value": row.value, "limit": row.limit, "ok": row.ok})
-            jax.clear_caches()
-    console.print(table)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
-    sys.exit(not all(row["ok"] for row in rows))
+    Console().print(machine())
+    sys.exit(not report(_measured(args.only), args.json))
 
 
 if __name__ == "__main__":

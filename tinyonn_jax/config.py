@@ -8,6 +8,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tinyonn_jax.layers.kernels import Choice
+
 Kind = Literal["dense", "dyntrm", "dfc", "dfc_hard"]
 RuleName = Literal["none", "backprop", "sars", "msaps"]
 
@@ -294,7 +296,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the devices are arranged."""
+    """How the devices are arranged and used: may change from start to start."""
 
     data: int = 0
     """Devices along which the batch is split; 0 takes all that remain."""
@@ -303,6 +305,9 @@ class MeshConfig:
     expert: int = 1
     """Devices along which routed experts and latent heads are split (dyntrm); must divide --model.experts and
     --model.latent-heads."""
+    grouped: Choice = "auto"
+    """Kernel of routed experts and heads (dyntrm): the platform's own (auto), a loop over blocks, lax.ragged_dot, a Pallas kernel
+    for NVIDIA GPUs, padded blocks, every module on every row, or that of the package tokamax."""
 
     def __post_init__(self):
         _require(

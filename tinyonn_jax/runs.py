@@ -32,7 +32,7 @@ from tinyonn_jax.arc.tasks import Task, TaskSets, load_task_sets, parse_task, re
 from tinyonn_jax.arc.tasks import from_json as tasks_from_json
 from tinyonn_jax.arc.tasks import to_json as tasks_to_json
 from tinyonn_jax.config import Config, ConfigError, differences, from_json, to_json
-from tinyonn_jax.layers import base
+from tinyonn_jax.layers import base, grouped
 from tinyonn_jax.models import transformer
 from tinyonn_jax.observe.console import Progress
 from tinyonn_jax.observe.metrics import duration
@@ -149,6 +149,9 @@ def train(run: Run, started: float | None = None) -> None:
     total, embeddings, routers = (parameters[name] for name in ("total", "embeddings", "routers"))
     say(f"parameters: {total:,}, of which {embeddings:,} in embeddings and {routers:,} in routers")
     say(_devices(mesh))
+    if config.model.kind == "dyntrm":
+        platform = mesh.devices.flat[0].platform
+        say(f"grouped matmul: {grouped.title(config.mesh.grouped, platform)} ({platform})")
 
     with Checkpoints(folder / CHECKPOINTS, config.train.keep, json.loads(to_json(config)), say) as checkpoints:
         state = checkpoints.restore(program.like)
@@ -260,7 +263,8 @@ class Trained:
     def per_recursion(self, tasks: tuple[Task, ...]) -> list[float] | None:
         """The share of test outputs that greedy decoding has right after each recursion; None if no output is known."""
         config = self.run.config
-        steps = jax.jit(lambda params, batch: transformer.apply(params, batch, config.model, steps=True).steps)
+        kernel = grouped.using(config.mesh.grouped)
+        steps = jax.jit(kernel(lambda params, batch: transformer.apply(params, batch, config.model, steps=True).steps))
         forward = partial(steps, self.params)
         shares = exact_per_recursion(forward, tasks, self.run.sets.task_ids, config.data, config.eval)
         return None if np.isnan(shares[0]) else shares

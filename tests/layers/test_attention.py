@@ -85,7 +85,21 @@ def test_the_cpu_path_is_dot_product_attention(heads, groups):
     q, g = (jnp.asarray(rng.normal(size=(2, 5, heads, C)), jnp.float32) for _ in range(2))
     k, v = (jnp.asarray(rng.normal(size=(2, 7, groups, C)), jnp.float32) for _ in range(2))
     seen = jnp.asarray(rng.random((2, 1, 5, 7)) < 0.5).at[..., 0].set(True)
-    got = with_gradients(attention._heads_first, q, k, v, seen, g)
+    got = with_gradients(lambda q, k, v, seen: attention._heads_first(q, k, v, seen, None), q, k, v, seen, g)
+    want = with_gradients(lambda q, k, v, seen: jax.nn.dot_product_attention(q, k, v, mask=seen), q, k, v, seen, g)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_prefix_and_causal_parts_make_the_mask(heads):
+    """Two calls without a mask, as flash attention wants them, against one with it: prefixes none, one, some and all."""
+    rng = np.random.default_rng(4)
+    q, g = (jnp.asarray(rng.normal(size=(4, 5, heads, C)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(4, 5, 2, C)), jnp.float32) for _ in range(2))
+    prefix = jnp.array([0, 1, 3, 5])
+    seen = attention.mask(attention.context(jnp.zeros((4, 5, 1), int), C, prefix=prefix), 5)
+    got = with_gradients(lambda q, k, v, seen: attention.prefix_causal(q, k, v, prefix, "xla"), q, k, v, seen, g)
     want = with_gradients(lambda q, k, v, seen: jax.nn.dot_product_attention(q, k, v, mask=seen), q, k, v, seen, g)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)

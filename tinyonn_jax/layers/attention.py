@@ -3,7 +3,8 @@
 Letters: B batch, T queries, S keys, D model, G key/value groups, Q query heads (a multiple of G), C head size.
 """
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -74,9 +75,49 @@ def attend(
         write = jax.vmap(lambda into, new, at: jax.lax.dynamic_update_slice_in_dim(into, new, at, 0))
         cache = Cache(write(cache.keys, k, where.start), write(cache.values, v, where.start))
         k, v = cache.keys, cache.values
-    seen = mask(where, k.shape[1])
-    fused = lambda q, k, v, seen: jax.nn.dot_product_attention(q, k, v, mask=seen)  # noqa: E731
-    return jax.lax.platform_dependent(q, k, v, seen, cpu=_heads_first, default=fused), cache
+    fused = partial(_fused, fresh=cache is None) if cudnn_takes(q) else _masked
+    args = q, k, v, mask(where, k.shape[1]), where.prefix
+    return jax.lax.platform_dependent(*args, cpu=_heads_first, cuda=fused, default=_masked), cache
+
+
+def _masked(q, k, v, seen, prefix, implementation=None):
+    return jax.nn.dot_product_attention(q, k, v, mask=seen, implementation=implementation)
+
+
+# --- NVIDIA GPUs: cuDNN's flash attention ---------------------------------------------------------------------------------
+
+
+def cudnn_takes(q: Float[Array, "B T Q C"]) -> bool:
+    """Whether there is a GPU with cuDNN's flash attention, and it takes such queries."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version or float(device.compute_capability) < 8:
+        return False
+    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+
+
+def _fused(q, k, v, seen, prefix, fresh: bool):
+    """`fresh`: the keys are those of the queries. A single query has nothing of size T × S, and goes the plain way."""
+    if fresh:
+        return prefix_causal(q, k, v, prefix, "cudnn")
+    return _masked(q, k, v, seen, prefix, "cudnn" if q.shape[1] > 1 else None)
+
+
+def prefix_causal(
+    q: Float[Array, "B T Q C"],
+    k: Float[Array, "B T G C"],
+    v: Float[Array, "B T G C"],
+    prefix: Int[Array, " B"],
+    implementation: Literal["cudnn", "xla"],
+) -> Float[Array, "B T Q C"]:
+    """Attention of tokens among themselves with nothing of size T × T, for kernels that know causal masks and lengths: the prefix
+    sees all of itself, and what comes later sees what is not after it."""
+    length = jnp.clip(prefix, 1, q.shape[1])  # a first token by itself sees the same either way
+    inside = (jnp.arange(q.shape[1]) < length[:, None])[..., None, None]
+    attention = partial(jax.nn.dot_product_attention, implementation=implementation)
+    # Zeros beyond the lengths: so are the gradients there, whatever the kernel leaves in them.
+    q_in, k_in, v_in = (jnp.where(inside, a, 0) for a in (q, k, v))
+    within = attention(q_in, k_in, v_in, query_seq_lengths=length, key_value_seq_lengths=length)
+    return jnp.where(inside, within, attention(q, k, v, is_causal=True))
 
 
 # --- CPU: heads before positions, so that all sums are plain batched matmuls; nothing of size T × S is kept for the backward
@@ -104,11 +145,11 @@ def _scores(q, k, seen):
 
 
 @jax.custom_vjp
-def _heads_first(q, k, v, seen):
-    return _heads_first_fwd(q, k, v, seen)[0]
+def _heads_first(q, k, v, seen, prefix):
+    return _heads_first_fwd(q, k, v, seen, prefix)[0]
 
 
-def _heads_first_fwd(q, k, v, seen):
+def _heads_first_fwd(q, k, v, seen, prefix):
     groups, t = k.shape[2], q.shape[1]
     q, k, v = _fold(q * q.shape[-1] ** -0.5, groups), _fold(k, groups), _fold(v, groups)
     logits = _scores(q, k, seen)
@@ -129,7 +170,7 @@ def _heads_first_bwd(saved, g):
     d_logits = (weights * (d_weights - jnp.sum(g * o, -1, keepdims=True))).astype(dtype)
     d_q = jnp.einsum("bgqs,bgsc->bgqc", d_logits, k) * q.shape[-1] ** -0.5
     d_k = jnp.einsum("bgqs,bgqc->bgsc", d_logits, q)
-    return _unfold(d_q, t), _unfold(d_k, s), _unfold(d_v, s), None
+    return _unfold(d_q, t), _unfold(d_k, s), _unfold(d_v, s), None, None
 
 
 _heads_first.defvjp(_heads_first_fwd, _heads_first_bwd)

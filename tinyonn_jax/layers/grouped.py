@@ -1,14 +1,16 @@
 """Grouped matmul: rows sorted by module times one weight per module; dropless, with its own gradient rule.
 
 The (token, slot) pairs are sorted by module, so that module m's rows are consecutive; pairs of idle slots come last and are
-never computed. `matmul` is one function with two implementations that agree to rounding: a loop over blocks of rows on CPU
-(the number of blocks follows the load, so nothing is dropped and nothing is padded), `lax.ragged_dot` on GPU and TPU.
+never computed. `matmul` is one function over several `kernels` that agree to rounding; the platform's own runs unless another is
+chosen with `using`.
 
 Letters: N tokens, K slots, P = N·K pairs, M modules, I inputs, O outputs of one module.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
-from typing import Literal
 
 import flax.struct
 import jax
@@ -16,7 +18,29 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-Implementation = Literal["auto", "loop", "ragged"]
+from tinyonn_jax.layers import kernels
+from tinyonn_jax.layers.kernels import Choice, Kernel
+
+PLATFORMS: dict[str, Kernel] = {"cpu": "loop", "cuda": "padded", "rocm": "padded", "default": "ragged"}
+"""The kernel of each platform; `default` for all others. For GPUs XLA makes of `lax.ragged_dot` every module on every row."""
+
+_choice: ContextVar[Choice] = ContextVar("grouped", default="auto")
+
+
+@contextmanager
+def using(choice: Choice) -> Iterator[None]:
+    """What is traced within (or by a function decorated with it) runs on this kernel; auto: on the platform's own."""
+    token = _choice.set(choice)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def title(choice: Choice, platform: str) -> str:
+    """What a choice comes down to on a platform, in words."""
+    own = PLATFORMS.get("cuda" if platform == "gpu" else platform, PLATFORMS["default"])
+    return kernels.TITLES[own if choice == "auto" else choice]
 
 
 @flax.struct.dataclass
@@ -81,132 +105,35 @@ def matmul(
     w: Float[Array, "M I O"],
     sizes: Int[Array, " M"],
     tap: Tap | None = None,
-    implementation: Implementation = "auto",
 ) -> Float[Array, "P O"]:
     """Row p times the weight of its module; rows past sum(sizes) give zero.
 
     The gradient of `tap`, if given, is for each row the squared norm of the weight gradient that this row alone causes,
     ‖x_p‖²·‖dL/dy_p‖² (exact: it is an outer product), and for each module ‖dL/dw_m‖², both float32.
     """
-    return _matmul(implementation, x, w, sizes, tap)
+    return _matmul(_choice.get(), x, w, sizes, tap)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(implementation, x, w, sizes, tap):
-    return _choose(implementation, _loop_forward, _ragged_forward, x, w, sizes)
+def _matmul(choice, x, w, sizes, tap):
+    return _run(choice, lambda kernel: kernel.forward, x, w, sizes)
 
 
-def _matmul_fwd(implementation, x, w, sizes, tap):
-    return _matmul(implementation, x, w, sizes, tap), (x, w, sizes, tap)
+def _matmul_fwd(choice, x, w, sizes, tap):
+    return _matmul(choice, x, w, sizes, tap), (x, w, sizes, tap)
 
 
-def _matmul_bwd(implementation, saved, g):
+def _matmul_bwd(choice, saved, g):
     x, w, sizes, tap = saved
-    if tap is None:
-        dx, dw, _ = _choose(implementation, partial(_loop_backward, False), partial(_ragged_backward, False), x, w, sizes, g)
-        return dx, dw, None, None
-    dx, dw, rows = _choose(implementation, partial(_loop_backward, True), partial(_ragged_backward, True), x, w, sizes, g)
-    return dx, dw, None, Tap(rows, jnp.sum(jnp.square(dw.astype(jnp.float32)), (1, 2)))
+    dx, dw, rows, modules = _run(choice, lambda kernel: partial(kernel.backward, tap is not None), x, w, sizes, g)
+    return dx, dw, None, None if tap is None else Tap(rows, modules)
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-def _choose(implementation: Implementation, loop, ragged, *args):
-    match implementation:
-        case "loop":
-            return loop(*args)
-        case "ragged":
-            return ragged(*args)
-        case _:
-            return lax.platform_dependent(*args, cpu=loop, default=ragged)
-
-
-# --- CPU: a loop over blocks of rows --------------------------------------------------------------------------------
-
-
-def _block(pairs: int, modules: int) -> int:
-    """Rows in one block: about the mean load of a module, so that few blocks run part empty, between 16 and 128."""
-    size = 16
-    while size < 128 and size * modules < pairs:
-        size *= 2
-    return size
-
-
-def _blocks(sizes: Array, block: int):
-    """How many blocks there are, and a function from a block's number to (module, first row, rows of it that count).
-
-    A block's tail may spill over the next module's rows: blocks run in order, so the owner overwrites it.
-    """
-    ends = jnp.cumsum(sizes)
-    last = jnp.cumsum(-(-sizes // block))
-
-    def locate(i):
-        m = jnp.searchsorted(last, i, side="right", method="compare_all")
-        remaining = (last[m] - i) * block  # from this block's first row to the end of the module's last block
-        first = ends[m] - sizes[m] + (-(-sizes[m] // block)) * block - remaining
-        return m, first, jnp.minimum(ends[m] - first, block)
-
-    return last[-1], locate
-
-
-def _loop_forward(x, w, sizes):
-    block = _block(x.shape[0], w.shape[0])
-    count, locate = _blocks(sizes, block)
-    padded = jnp.pad(x, ((0, block), (0, 0)))
-
-    def body(i, y):
-        m, first, rows = locate(i)
-        part = lax.dynamic_slice_in_dim(padded, first, block)
-        out = part @ lax.dynamic_index_in_dim(w, m, keepdims=False)
-        out = jnp.where(jnp.arange(block)[:, None] < rows, out, 0)
-        return lax.dynamic_update_slice_in_dim(y, out, first, 0)
-
-    y = jnp.zeros((x.shape[0] + block, w.shape[2]), x.dtype)
-    return lax.fori_loop(0, count, body, y)[: x.shape[0]]
-
-
-def _loop_backward(tapped, x, w, sizes, g):
-    block = _block(x.shape[0], w.shape[0])
-    count, locate = _blocks(sizes, block)
-    padded_x, padded_g = (jnp.pad(a, ((0, block), (0, 0))) for a in (x, g))
-
-    def body(i, carry):
-        dx, dw, norms = carry
-        m, first, rows = locate(i)
-        counts = jnp.arange(block)[:, None] < rows
-        part_x = lax.dynamic_slice_in_dim(padded_x, first, block)
-        part_g = jnp.where(counts, lax.dynamic_slice_in_dim(padded_g, first, block), 0)
-        part_dx = lax.dot_general(part_g, lax.dynamic_index_in_dim(w, m, keepdims=False), (((1,), (1,)), ((), ())))
-        part_dw = lax.dot_general(part_x, part_g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        dx = lax.dynamic_update_slice_in_dim(dx, part_dx, first, 0)
-        dw = lax.dynamic_update_index_in_dim(dw, lax.dynamic_index_in_dim(dw, m, keepdims=False) + part_dw, m, 0)
-        if tapped:
-            norms = lax.dynamic_update_slice_in_dim(norms, _outer_norm(part_x, part_g), first, 0)
-        return dx, dw, norms
-
-    rows = x.shape[0]
-    start = jnp.zeros_like(padded_x), jnp.zeros(w.shape, jnp.float32), jnp.zeros((rows + block if tapped else 0,), jnp.float32)
-    dx, dw, norms = lax.fori_loop(0, count, body, start)
-    return dx[:rows], dw.astype(w.dtype), norms[:rows]
-
-
-def _outer_norm(x, g):
-    """‖x gᵀ‖² of each row, float32."""
-    return jnp.sum(jnp.square(x.astype(jnp.float32)), -1) * jnp.sum(jnp.square(g.astype(jnp.float32)), -1)
-
-
-# --- GPU and TPU: the backend's own grouped matmul -------------------------------------------------------------------
-
-
-def _ragged_forward(x, w, sizes):
-    y = lax.ragged_dot(x, w, sizes)
-    return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None], y, 0)
-
-
-def _ragged_backward(tapped, x, w, sizes, g):
-    g = jnp.where((jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None], g, 0)
-    dx = _ragged_forward(g, w.swapaxes(1, 2), sizes)
-    contract_rows = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
-    dw = lax.ragged_dot_general(x, g, sizes, contract_rows, preferred_element_type=jnp.float32)
-    return dx, dw.astype(w.dtype), _outer_norm(x, g) if tapped else jnp.zeros((0,), jnp.float32)
+def _run(choice: Choice, part, *args):
+    """A part of the chosen kernel."""
+    if choice == "auto":
+        return lax.platform_dependent(*args, **{name: part(kernels.load(kernel)) for name, kernel in PLATFORMS.items()})
+    return part(kernels.load(choice))(*args)

@@ -3,7 +3,8 @@
 Letters: D model, M modules, L layers.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from tinyonn_jax.arc.batches import Batch
 from tinyonn_jax.arc.evaluate import exact
 from tinyonn_jax.arc.generate import Decoder
 from tinyonn_jax.config import Config, ConfigError, ModelConfig
-from tinyonn_jax.layers import base
+from tinyonn_jax.layers import base, grouped
 from tinyonn_jax.layers.layout import over
 from tinyonn_jax.layers.routing import data_init
 from tinyonn_jax.learning.rule import LearningRule, layers, replace_layer, routers
@@ -49,10 +50,17 @@ class Program:
         return sharding.shard_batch(self.mesh, batch)
 
 
+@contextmanager
+def placed(config: Config, mesh: Mesh) -> Iterator[None]:
+    """What is traced within (or by a function decorated with it) runs over the mesh, on the kernel that is configured."""
+    with over(sharding.layout(mesh)), grouped.using(config.mesh.grouped):
+        yield
+
+
 def assemble(config: Config, mesh: Mesh, tasks: int, example: Batch) -> Program:
     """The program of a run with `tasks` tasks; `example` is any batch, the same in every process."""
     rule = make_rule(config)
-    loss_fn = over(sharding.layout(mesh))(make_loss(config, rule))
+    loss_fn = placed(config, mesh)(make_loss(config, rule))
     spec = transformer.spec(config.model, tasks)
     tx = make_optimizer(config.optim, config.train.steps, frozen_routers=config.learning.rule == "none")
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), spec, is_leaf=base.is_param)
@@ -101,7 +109,7 @@ def make_validation(program: Program) -> Validation:
     cfg = program.config.model
 
     @jax.jit
-    @over(sharding.layout(program.mesh))
+    @placed(program.config, program.mesh)
     def sums(params, batch: Any) -> Array:
         logits = transformer.apply(params, batch, cfg).logits
         loss, right = token_losses(logits, batch.tokens)
@@ -144,7 +152,7 @@ def make_decoder(config: Config, mesh: Mesh) -> Decoder:
         split = NamedSharding(mesh, PartitionSpec(*(None,) * axis, sharding.RULES["batch"]))
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, split), tree)
 
-    @over(sharding.layout(mesh))
+    @placed(config, mesh)
     def decode(params, cache, *inputs):
         tokens, positions, start, prefix, task, dihedral = rows(inputs, 0)
         stop = config.eval.entropy_stop

@@ -5,6 +5,7 @@ modules of routed layers. Parameters are born sharded (eval_shape → shardings 
 sharding of the parameter it belongs to.
 """
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -35,7 +36,7 @@ def make_mesh(cfg: MeshConfig, local: bool = False) -> Mesh:
     `data` 0 takes all that remain; a process by itself may use fewer devices than there are.
 
     Raises:
-        ConfigError: the devices do not divide so.
+        ConfigError: the devices do not divide so, or do not run the kernel.
     """
     devices, inner = jax.local_devices() if local else jax.devices(), cfg.fsdp * cfg.expert
     data = cfg.data or len(devices) // inner
@@ -51,6 +52,10 @@ def make_mesh(cfg: MeshConfig, local: bool = False) -> Mesh:
             f"mesh.data × mesh.fsdp × mesh.expert ({data} × {cfg.fsdp} × {cfg.expert}) {need} {used} devices, and there are "
             f"{len(devices)}"
         )
+    if cfg.grouped == "tokamax" and not importlib.util.find_spec("tokamax"):
+        raise ConfigError("mesh.grouped tokamax needs an optional package: pip install 'tinyonn_jax[tokamax]'")
+    if cfg.grouped == "pallas" and devices[0].platform not in ("cpu", "gpu"):
+        raise ConfigError(f"mesh.grouped pallas runs on GPUs, not on a {devices[0].platform}: leave it at auto")
     shape = (data, cfg.fsdp, cfg.expert)
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices[:used])
 

@@ -1,0 +1,72 @@
+"""The grouped matmul's kernels: one module each, named as it is chosen, with the same two functions that agree to rounding.
+
+    forward(x, w, sizes) -> y                                  y_p = x_p · w[m], the rows of module m following each other
+    backward(tapped, x, w, sizes, g) -> dx, dw, rows, modules  tapped: with ‖x_p g_pᵀ‖² of every row, ‖dw_m‖² of every module
+
+Rows past sum(sizes) may hold anything, count for nothing and come out as zero. Sums are float32 whatever the type of x. Here is
+what the kernels share: rows cut into blocks of one module each.
+
+Letters: P rows, M modules, I inputs, O outputs of one module.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Kernel = Literal["loop", "ragged", "pallas", "padded", "dense", "tokamax"]
+Choice = Literal["auto", Kernel]
+TITLES: dict[Kernel, str] = {
+    "loop": "block loop",
+    "ragged": "lax.ragged_dot",
+    "pallas": "Pallas kernel (Triton)",
+    "padded": "padded blocks",
+    "dense": "every module on every row",
+    "tokamax": "tokamax.ragged_dot",
+}
+
+
+def load(kernel: Kernel) -> Any:
+    """The module of a kernel, imported when it is first asked for.
+
+    Raises:
+        ImportError: it needs an optional package that is not installed.
+    """
+    return importlib.import_module(f"{__name__}.{kernel}")
+
+
+def blocks(sizes: Int[Array, " M"], block: int) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
+    """How many blocks of at most `block` rows there are, and a function from a block's number (or many) to its module, its first
+    row and its number of rows; 0 or less from the last block on. P rows have at most ⌊P / block⌋ + M of them.
+    """
+    ends = jnp.cumsum(sizes)
+    last = jnp.cumsum(-(-sizes // block))
+
+    def locate(i):
+        m = jnp.minimum(jnp.searchsorted(last, i, side="right", method="compare_all"), sizes.shape[0] - 1)
+        first = ends[m] - sizes[m] + (i - last[m] + -(-sizes[m] // block)) * block
+        return m, first, jnp.minimum(ends[m] - first, block)
+
+    return last[-1], locate
+
+
+def power_of_two(x: int, least: int, most: int) -> int:
+    """The smallest power of two that is at least x, between `least` and `most` (powers of two themselves)."""
+    return min(max(1 << max(x - 1, 0).bit_length(), least), most)
+
+
+def squares(x: Float[Array, "*N D"]) -> Float[Array, "*N"]:
+    """Squared norms along the last axis, float32."""
+    return jnp.sum(jnp.square(x.astype(jnp.float32)), -1)
+
+
+def row_norms(tapped: bool, x: Float[Array, "*N I"], g: Float[Array, "*N O"]) -> Array:
+    """‖x gᵀ‖² of every row, which is an outer product; nothing unless tapped."""
+    return squares(x) * squares(g) if tapped else jnp.zeros(0)
+
+
+def module_norms(tapped: bool, dw: Float[Array, "*M I O"]) -> Array:
+    """‖dw‖² of every module; nothing unless tapped."""
+    return jnp.sum(jnp.square(dw.astype(jnp.float32)), (-2, -1)) if tapped else jnp.zeros(0)
