@@ -1,4 +1,5 @@
-"""The ratios this project promises, measured: `python experiments/benchmark.py [--only NAME …] [--json FILE]`.
+"""The ratios this project promises, measured: `python experiments/benchmark.py [--only NAME …] [--json FILE]`;
+`benchmark.py scaling` predicts how a step scales over devices (see scaling.py).
 
 Ratios are taken in one process, runs interleaved in random order, medians, in CPU time on a CPU (`time.process_time`) and wall
 time elsewhere; the row `noise` is one function against itself. A row is ok when its value keeps its limit.
@@ -58,7 +59,11 @@ class Row:
 
 
 host.tune()  # as the experiments do
-clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+
+
+def clock() -> float:
+    """Seconds of CPU time on a CPU, of wall time elsewhere."""
+    return time.process_time() if jax.default_backend() == "cpu" else time.perf_counter()
 
 
 def medians(functions: dict[str, Callable[[], Any]], repeats: int = 9, seconds: Callable[[], float] = clock) -> dict[str, float]:
@@ -318,6 +323,10 @@ def machine() -> str:
 
 def main() -> None:
     """Measures the chosen rows, prints a table, writes JSON; exit status 1 if a row misses its limit."""
+    if sys.argv[1:2] == ["scaling"]:
+        import scaling  # its neighbour; only this command needs it
+
+        return scaling.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     rows_help = "; ".join(f"{name}: {(f.__doc__ or '').rstrip('.')}" for name, f in ROWS.items())
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME", help=rows_help)
