@@ -15,16 +15,16 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from rich.console import Console
 from rich.table import Table
 
 from tinyonn_jax.arc.batches import Batch
-from tinyonn_jax.config import Config, MeshConfig, ModelConfig
+from tinyonn_jax.config import Config, Dispatch, MeshConfig, ModelConfig
 from tinyonn_jax.layers import base
 from tinyonn_jax.models import transformer
 from tinyonn_jax.presets import PRESETS
@@ -227,7 +227,7 @@ class Figures:
         return self.mesh.data * self.mesh.fsdp * self.mesh.expert
 
 
-def split(devices: int) -> MeshConfig:
+def split(devices: int, dispatch: Dispatch = "replicate") -> MeshConfig:
     """fsdp 2 from two devices on, expert 2 from four on; the rest is data.
 
     Raises:
@@ -237,12 +237,12 @@ def split(devices: int) -> MeshConfig:
         return MeshConfig(1, devices, 1)
     if devices < 1 or devices % 4:
         raise ValueError(f"--devices must be 1, 2 or multiples of 4, got {devices}")
-    return MeshConfig(devices // 4, 2, 2)
+    return MeshConfig(devices // 4, 2, 2, dispatch)
 
 
 def abstract_batch(mesh: Any, rows: int, length: int) -> Any:
     """A batch as shapes, rows split over the devices."""
-    lies = NamedSharding(mesh, PartitionSpec(sharding.RULES["batch"]))
+    lies = NamedSharding(mesh, sharding.rows(mesh))
 
     def array(*shape: int, dtype: Any = np.int32) -> Any:
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=lies)
@@ -265,7 +265,8 @@ def measure(config: Config, mesh_cfg: MeshConfig, rows: int = ROWS, length: int 
     reading = read(compiled.as_text(), mesh.size)
     if reading.unknown:
         raise ValueError(f"{mesh_cfg}: {reading.unknown} collectives in loops of unknown length")
-    if found := forbidden(reading, program.spec, config, rows * mesh_cfg.expert, length):
+    alike = 1 if mesh_cfg.dispatch == "all-to-all" else mesh_cfg.expert  # devices that have the same tokens
+    if found := forbidden(reading, program.spec, config, rows * alike, length):
         raise ValueError(f"{mesh_cfg}: {found}")
     memory = compiled.memory_analysis()
     return Figures(
@@ -280,8 +281,12 @@ def measure(config: Config, mesh_cfg: MeshConfig, rows: int = ROWS, length: int 
 
 
 def forbidden(reading: Reading, spec: Any, config: Config, rows: int, length: int) -> str:
-    """What is gathered that should not be, in words: tokens (of `rows` sequences on each device), or weights of all modules."""
-    modules = [p.shape for p in jax.tree.leaves(spec, is_leaf=base.is_param) if "experts" in p.axes]
+    """What is gathered that should not be, in words: tokens (of `rows` sequences on each device), or weights of all modules.
+
+    Where experts are sent tokens, latent heads are gathered on purpose; experts are told from them by their hidden axis.
+    """
+    of_all = "hidden" if config.mesh.dispatch == "all-to-all" else "experts"
+    modules = [p.shape for p in jax.tree.leaves(spec, is_leaf=base.is_param) if "experts" in p.axes and of_all in p.axes]
     for c in (c for c in reading.collectives if c.kind == "all-gather"):
         assert c.axis is not None
         for shape in c.shapes:
@@ -351,11 +356,12 @@ them 400 Gb/s InfiniBand for each GPU, at which a collective that leaves its eig
 glennklockwood.com/garden/processors/h100 and jax-ml.github.io/scaling-book/gpus). TPU v5p: 459 TFLOP/s; 4,800 Gb/s a chip over
 three torus axes, of which a collective uses one (see cloud.google.com/tpu/docs/v5p)."""
 READ = """\
-All figures per device and step. TFLOPs `formula`: 6 × active parameters × tokens, and attention, for every recursion, a third
-more for remat. `program`: the matmuls of the compiled program, those in loops by their trip counts; so what is computed twice
-over `expert`, and the optimizer, are in it. The routed matmuls, on CPU a loop of unknown length and elsewhere ragged_dot, are
-taken from the formula. MB sent: in rings, (n − 1) / n of an array, twice that for an all-reduce; in loops by their trip counts.
-Memory is that of the CPU program. float16 stands in for bfloat16, which XLA's CPU compiler would widen to float32."""
+All figures per device and step: TFLOPs, MB sent, GB of memory. `formula`: 6 × active parameters × tokens, and attention, for
+every recursion, a third more for remat. `program`: the matmuls of the compiled program, those in loops by their trip counts; so
+latent heads that go unused, what is computed twice over `expert`, and the optimizer, are in it. The routed matmuls, on CPU a loop
+of unknown length and elsewhere ragged_dot, are taken from the formula. Sent: in rings, (n − 1) / n of an array, twice that for an
+all-reduce; in loops by their trip counts. Memory is that of the CPU program. float16 stands in for bfloat16, which XLA's CPU
+compiler would widen to float32."""
 
 
 def predict(machine: Machine, row: Figures) -> tuple[float, float]:
@@ -371,8 +377,8 @@ def predict(machine: Machine, row: Figures) -> tuple[float, float]:
 def tables(rows: Sequence[Figures]) -> Iterable[Table]:
     """What was read, and what is predicted."""
     sent = [kind for kind in KINDS if any(row.reading.sent((kind,)) for row in rows)]
-    kinds = [f"{kind}, MB" for kind in sent]
-    read_table = Table("devices", "data × fsdp × expert", "formula", "program", *kinds, "state, GB", "temporaries, GB")
+    kinds = [kind.removeprefix("collective-") for kind in sent]
+    read_table = Table("devices", "data × fsdp × expert", "formula", "program", *kinds, "state", "temporaries")
     for row in rows:
         mesh = f"{row.mesh.data} × {row.mesh.fsdp} × {row.mesh.expert}"
         by_kind = [f"{row.reading.sent((kind,)) / 1e6:,.1f}" for kind in sent]
@@ -406,10 +412,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--devices", nargs="+", type=int, default=list(DEVICES), metavar="N", help="numbers of devices: 1, 2, multiples of 4"
     )
+    parser.add_argument("--dispatch", choices=get_args(Dispatch), default="replicate", help="as --mesh.dispatch of a run")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(arguments)
     try:
-        meshes = [split(n) for n in sorted(set(args.devices))]
+        meshes = [split(n, args.dispatch) for n in sorted(set(args.devices))]
     except ValueError as error:
         parser.error(str(error))
     # Nothing runs, so machine code need not be good; the program that is read is made before it.

@@ -56,7 +56,8 @@ def summary(routing: Routing, signals: Signals) -> dict[str, Array]:
     """What a person watches of one routed layer; shares in [0, 1], over valid tokens and all recursions.
 
     `load [M]` share of the slots in use that each module serves; `gating_acc` share of (token, group) decisions with several
-    active modules whose top logit is the least surprising of them (by parameter gradient), NaN when no token has several.
+    active modules whose top logit is the least surprising of them (by parameter gradient), NaN when no token has several;
+    `dropped` share of the slots in use that went without their module.
     """
     cfg = routing.config
     used = served(routing)  # [*R,M]
@@ -81,6 +82,7 @@ def summary(routing: Routing, signals: Signals) -> dict[str, Array]:
         "max_load": jnp.max(load) * load.size,
         "dead_modules": jnp.sum(used == 0),
         "unrouted": jnp.sum(routing.unrouted) / valid,
+        "dropped": jnp.float32(0) if routing.dropped is None else jnp.sum(routing.dropped) / slots,
         "gating_acc": jnp.sum(right) / jnp.sum(contested),
         "surprise_output": jnp.sum(signals.output) / slots,
         "surprise_param": jnp.sum(signals.param) / slots,

@@ -52,7 +52,7 @@ class Program:
 def assemble(config: Config, mesh: Mesh, tasks: int, example: Batch) -> Program:
     """The program of a run with `tasks` tasks; `example` is any batch, the same in every process."""
     rule = make_rule(config)
-    loss_fn = over(sharding.layout(mesh))(make_loss(config, rule))
+    loss_fn = over(sharding.layout(mesh, config.mesh.capacity))(make_loss(config, rule))
     spec = transformer.spec(config.model, tasks)
     tx = make_optimizer(config.optim, config.train.steps, frozen_routers=config.learning.rule == "none")
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), spec, is_leaf=base.is_param)
@@ -141,7 +141,7 @@ def make_decoder(config: Config, mesh: Mesh) -> Decoder:
     cfg = config.model
 
     def rows(tree: Any, axis: int) -> Any:
-        split = NamedSharding(mesh, PartitionSpec(*(None,) * axis, sharding.RULES["batch"]))
+        split = NamedSharding(mesh, PartitionSpec(*(None,) * axis, *sharding.rows(mesh)))
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, split), tree)
 
     @over(sharding.layout(mesh))
