@@ -1,5 +1,6 @@
 """The ratios this project promises, measured: `python experiments/benchmark.py [--only NAME …] [--json FILE]`.
 
+`benchmark.py scaling` predicts how a step scales over devices (see scaling.py).
 `benchmark.py gpu` measures what needs a GPU, and checks first that it computes the right thing there (see gpu.py).
 
 Ratios are taken in one process, runs interleaved in random order, medians, in CPU time on a CPU (`time.process_time`) and wall
@@ -70,7 +71,11 @@ class Row:
 
 
 host.tune()  # as the experiments do
-clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+
+
+def clock() -> float:
+    """Seconds of CPU time on a CPU, of wall time elsewhere."""
+    return time.process_time() if jax.default_backend() == "cpu" else time.perf_counter()
 
 
 def medians(functions: dict[str, Callable[[], Any]], repeats: int = 9, seconds: Callable[[], float] = clock) -> dict[str, float]:
@@ -407,7 +412,7 @@ def machine() -> str:
     return f"{jax.device_count()} × {jax.devices()[0].device_kind}, jax {jax.__version__}, float32 matmul {rate:.0f} GFLOP/s"
 
 
-COMMANDS = {"gpu": "gpu"}
+COMMANDS = {"gpu": "gpu", "scaling": "scaling"}
 """First word of the command line → the module beside this file whose `main(arguments)` it runs."""
 
 

@@ -12,6 +12,7 @@ from tinyonn_jax.layers.kernels import Choice
 
 Kind = Literal["dense", "dyntrm", "dfc", "dfc_hard"]
 RuleName = Literal["none", "backprop", "sars", "msaps"]
+Dispatch = Literal["replicate", "all-to-all"]
 
 
 class ConfigError(ValueError):
@@ -308,12 +309,19 @@ class MeshConfig:
     grouped: Choice = "auto"
     """Kernel of routed experts and heads (dyntrm): the platform's own (auto), a loop over blocks, lax.ragged_dot, a Pallas kernel
     for NVIDIA GPUs, padded blocks, every module on every row, or that of the package tokamax."""
+    dispatch: Dispatch = "replicate"
+    """What devices along mesh.expert do with tokens. replicate: all have the same ones and add up what their own modules make of
+    them; all-to-all: each has its own and sends them to the devices of the experts they use (latent heads come to the tokens)."""
+    capacity: float = 2.0
+    """all-to-all: room for tokens from one device to another while training, as a multiple of an even share. Those beyond it go
+    without the expert and are counted (metric `dropped`)."""
 
     def __post_init__(self):
         _require(
             self.data >= 0 and self.fsdp >= 1 and self.expert >= 1,
             "mesh.data must not be negative, mesh.fsdp and mesh.expert at least 1",
         )
+        _require(self.capacity > 0, f"mesh.capacity must be positive, got {self.capacity}")
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import scaling
 from tests.layers.naive import hand_made, make
 from tinyonn_jax.config import MeshConfig
-from tinyonn_jax.layers import experts, linear, routing, tap
+from tinyonn_jax.layers import experts, linear, parallel, routing, tap
 from tinyonn_jax.layers.base import Param, zeros
 from tinyonn_jax.layers.layout import over
+from tinyonn_jax.learning import signals
 from tinyonn_jax.training import sharding
 
 N, D, F, M = 32, 8, 6, 8
@@ -36,7 +38,7 @@ def tables(slots: int, groups: int) -> dict[str, routing.Routing]:
 
 
 def mlps(w, x, r, t):
-    return experts.routed_mlp(experts.Mlp(*w), x, r, True, t)
+    return experts.routed_mlp(experts.Mlp(*w), x, parallel.fit(r), True, t)
 
 
 def heads(w, x, r, t):
@@ -51,6 +53,10 @@ LAYERS = {
     "heads, all on all tokens": (heads, HEADS, tables(4, 4)),
     "heads, sorted": (heads, HEADS, tables(1, 1)),
 }
+
+
+def sending(*shape: int) -> MeshConfig:
+    return MeshConfig(*shape, dispatch="all-to-all")
 
 
 @cache
@@ -75,7 +81,8 @@ def program(layer: str, cfg: MeshConfig, split: bool = True):
 @pytest.mark.parametrize(
     ("layer", "mesh"),
     [
-        *((layer, mesh) for layer in LAYERS for mesh in (MeshConfig(2, 2, 2), MeshConfig(1, 1, 8))),
+        *((layer, mesh) for layer in LAYERS for mesh in (MeshConfig(2, 2, 2), MeshConfig(1, 1, 8), sending(2, 2, 2))),
+        ("mlps", sending(1, 1, 8)),
         ("mlps", MeshConfig(2, 1, 4)),
         ("mlps", MeshConfig(1, 8, 1)),
     ],
@@ -120,3 +127,51 @@ def test_a_part_of_a_routing_by_hand():
     np.testing.assert_allclose(mine.weight, [[0, 0.2], [0.3, 0]])
     np.testing.assert_array_equal(mine.logits, whole.logits[:, 2:])
     assert (mine.config.modules, mine.config.groups, mine.config.slots_per_group) == (2, 1, 2)
+
+
+# Four tokens on each of two devices, a module each. Room for two from one to another: capacity 1 × 4 pairs / 2 devices.
+CROWD = [[0], [0], [0], [1], [1], [1], [1], [1]]
+USED = [[True], [True], [True], [True], [True], [False], [True], [True]]
+LATE = [[False], [False], [True], [False], [False], [False], [False], [True]]
+
+
+def test_what_finds_no_room_is_dropped_and_counted():
+    w = make(tuple(Param((2, *p.shape[1:]), p.axes, zeros) for p in MLPS))
+    x, r = X[:8], hand_made(CROWD, np.ones((8, 1)), USED, 2, D)
+    layout = sharding.layout(sharding.make_mesh(sending(1, 1, 2)), capacity=1.0)
+
+    def loss(w, x, weight, t, limit):
+        with over(layout if limit else None):
+            active = r.active if limit else r.active & ~np.array(LATE)
+            fitted = parallel.fit(r.replace(weight=jnp.where(active, weight, 0), active=active))
+            y = experts.routed_mlp(experts.Mlp(*w), x, fitted, True, t)
+        return jnp.sum(jnp.sin(y)), (y, fitted.dropped)
+
+    both = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True), static_argnums=4)
+    ((_, (y, dropped)), got), ((_, (want, none)), grads) = (both(w, x, r.weight, tap.zeros(r), limit) for limit in (True, False))
+    np.testing.assert_array_equal(dropped, LATE)
+    assert none is None
+    lost = np.ravel(LATE)
+    assert not np.any(y[lost]) and np.all(np.any(np.asarray(y)[np.ravel(USED) & ~lost], 1))
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
+    assert signals.summary(r.replace(dropped=dropped), signals._signals(got[3], r))["dropped"] == pytest.approx(2 / 7)
+    # Whoever is dropped has no surprise and causes none; all others as if it had been idle.
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, 1e-5, 1e-5 * float(np.abs(b).max()))
+    assert np.abs(grads[3].param).min() == 0 < np.abs(grads[3].param).max()
+
+
+def test_sending_without_a_count_is_refused():
+    r = LAYERS["mlps"][2]["idle slots"]
+    with over(sharding.layout(sharding.make_mesh(sending(2, 2, 2)))), pytest.raises(ValueError, match=r"parallel\.fit"):
+        experts.routed_mlp(experts.Mlp(*make(MLPS)), X, r, True)
+
+
+def test_tokens_are_sent_and_nothing_is_added_up_over_modules():
+    """Rows go to their modules and come back, and their gradients again; nothing else of a token's width moves."""
+    f, arguments = program("mlps", sending(1, 1, 8))
+    text = f.lower(*arguments(LAYERS["mlps"][2]["all in use"])).compile().as_text()
+    wide = [c for c in scaling.read(text, 8).collectives if any(len(s) > 1 and s[-1] in (D, F, 2 * F) for s in c.shapes)]
+    assert [c.kind for c in wide] == ["all-to-all"] * 4
+    room = N // 8 * 2  # for all pairs of a device, as no capacity is set
+    assert {c.payload for c in wide} == {8 * room * D * 4}

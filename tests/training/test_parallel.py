@@ -16,6 +16,7 @@ from tests.models import tiny
 from tinyonn_jax.config import Config, ConfigError, LearningConfig, MeshConfig, OptimConfig, TrainConfig
 from tinyonn_jax.layers.layout import over
 from tinyonn_jax.models import transformer
+from tinyonn_jax.models.transformer import FEEDFORWARD
 from tinyonn_jax.training import assemble, sharding
 from tinyonn_jax.training.checkpoint import Checkpoints
 from tinyonn_jax.training.objective import make_loss, make_rule
@@ -28,6 +29,7 @@ CONFIG = Config(
     model=MODEL, learning=LearningConfig(granularity="module"), optim=OptimConfig(matrices="adamw"), train=TrainConfig(steps=6)
 )
 ALL = MeshConfig(data=2, fsdp=2, expert=2)
+SENDING = MeshConfig(data=2, fsdp=2, expert=2, dispatch="all-to-all")  # room for twice an even share: all there is between two
 
 
 @cache
@@ -36,16 +38,20 @@ def step(mesh_cfg: MeshConfig):
     mesh, rule = sharding.make_mesh(mesh_cfg), make_rule(CONFIG)
     spec = transformer.spec(MODEL, tiny.TASKS)
     params = jax.device_put(make(spec), sharding.shardings(mesh, spec))
-    loss_fn = over(sharding.layout(mesh))(make_loss(CONFIG, rule))
+    loss_fn = over(sharding.layout(mesh, mesh_cfg.capacity))(make_loss(CONFIG, rule))
     batch = sharding.shard_batch(mesh, tiny.batch(ROWS, LENGTH))
     meta = rule.init(params, jax.eval_shape(loss_fn, params, None, batch)[1].routings)
     compiled = jax.jit(lambda p, b: gradients(loss_fn, rule, p, meta, b)).lower(params, batch).compile()
     return compiled(params, batch), compiled.as_text()
 
 
-@pytest.mark.parametrize("mesh", [ALL, MeshConfig(1, 1, 8), MeshConfig(2, 1, 4)], ids=str)
+@pytest.mark.parametrize("mesh", [ALL, SENDING, MeshConfig(1, 1, 8), MeshConfig(2, 1, 4)], ids=str)
 def test_every_gradient_and_signal_is_that_of_one_device(mesh):
     (want, _), (got, _) = step(MeshConfig(1)), step(mesh)
+    grads, routings, *rest = got
+    dropped = routings[FEEDFORWARD].dropped
+    assert np.shape(dropped) == ((1, ROWS * LENGTH, 2) if mesh == SENDING else ()) and not np.any(dropped)
+    got = grads, {**routings, FEEDFORWARD: routings[FEEDFORWARD].replace(dropped=None)}, *rest
     for (path, expected), found in zip(jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(got), strict=True):
         expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
         scale = max(np.max(np.abs(expected), where=np.isfinite(expected), initial=0), 1e-6)

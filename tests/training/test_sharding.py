@@ -75,6 +75,14 @@ def test_modules_go_over_expert():
     assert sharding.layout(sharding.make_mesh(MeshConfig(data=1))) is None
 
 
+def test_tokens_that_are_sent_are_split_over_the_modules_axis_too():
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, expert=2, dispatch="all-to-all"))
+    assert sharding.partition(mesh, ("experts", "embed", "hidden"), (4, 8, 6)) == P("exchange", "fsdp", None)
+    assert sharding.rows(mesh) == P(("data", "fsdp", "exchange")) and sharding.row_shards(mesh) == 8
+    alone = sharding.make_mesh(MeshConfig(data=2, fsdp=2, dispatch="all-to-all"))
+    assert sharding.rows(alone) == P(("data", "fsdp")) and sharding.row_shards(alone) == 4
+
+
 def test_a_mesh_axis_used_twice_is_refused():
     mesh = sharding.make_mesh(MeshConfig(fsdp=4))
     with pytest.raises(ValueError, match=r"fsdp"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import flax.struct
 from jaxtyping import Array, Bool, Float
 
-from tinyonn_jax.layers import experts, routing
+from tinyonn_jax.layers import experts, parallel, routing
 from tinyonn_jax.layers.tap import Tap
 
 
@@ -54,6 +54,7 @@ def apply(
     """The layer on x; tokens where `valid` is false are not routed and give zero (or the shared experts' output)."""
     tokens = x.reshape(-1, cfg.dim)
     chosen = routing.route(params.router, tokens, cfg.router, None if valid is None else valid.reshape(-1))
+    chosen = parallel.fit(chosen)
     y = experts.routed_mlp(params.modules, tokens, chosen, cfg.gated, tap)
     if params.shared is not None:
         y = y + experts.mlp(params.shared, tokens, cfg.gated)

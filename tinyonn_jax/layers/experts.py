@@ -73,7 +73,7 @@ def routed_mlp(
     """y_n = Σ_k weight_nk · f_{index_nk}(x_n) over a library of E expert MLPs (§3), fused."""
     axes = [("experts", "embed", "hidden"), ("experts", "hidden", "embed")]
     weights = [params.w_in.astype(x.dtype), params.w_out.astype(x.dtype)]
-    return parallel.run(partial(_routed_mlp, gated), weights, axes, x, routing, tap)
+    return parallel.run(partial(_routed_mlp, gated), weights, axes, x, routing, tap, send=True)
 
 
 def _routed_mlp(gated: bool, w: list[Array], x: Array, routing: Routing, tap: taps.Tap | None) -> Array:

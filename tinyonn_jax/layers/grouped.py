@@ -84,6 +84,19 @@ permute.defvjp(
 )
 
 
+@jax.custom_vjp
+def move(x: Float[Array, "P *I"], source: Int[Array, " Q"], place: Int[Array, " P"]) -> Float[Array, "Q *I"]:
+    """x[source], zero where there is none (-1). `place` is its inverse, -1 for rows that go nowhere; the gradient moves by it."""
+    rows = x[jnp.maximum(source, 0)]
+    return jnp.where((source >= 0).reshape(-1, *(1,) * (x.ndim - 1)), rows, 0)
+
+
+move.defvjp(
+    lambda x, source, place: (move(x, source, place), (source, place)),
+    lambda saved, g: (move(g, saved[1], saved[0]), None, None),
+)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _spread(slots: int, x: Array, p: Plan) -> Array:
     return x[p.order // slots]

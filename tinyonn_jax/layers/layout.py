@@ -4,6 +4,7 @@ what automatic partitioning does badly asks for it, here and in `layers.parallel
 Letters: N tokens.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,10 +20,15 @@ Axes = tuple[str | None, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh, and `split(axes, shape)`: how an array with these logical axes lies on it."""
+    """A mesh, and `split(axes, shape)`: how an array with these logical axes lies on it.
+
+    Where tokens are split over the axis of the modules, they are sent to them; `capacity` is how many may go from one device to
+    another, as a multiple of an even share (inf: all of them).
+    """
 
     mesh: Mesh
     split: Callable[[Axes, tuple[int, ...]], PartitionSpec]
+    capacity: float = math.inf
 
     def tokens(self, count: int) -> PartitionSpec | None:
         """How arrays whose leading axis is this many tokens lie; None if they do not divide by the devices."""

@@ -79,7 +79,8 @@ class Routing:
     (K = M), as neurons do. `active` marks the slots in use: selections with a variable number of modules leave some slots idle,
     with weight 0, and tokens that are not `valid` (padding) leave all of them idle. `unrouted`
     marks the valid tokens that had no module above zero (in some group) where the selection asks for one. `config` says how
-    the decision was made, so that a learning rule can make the logits again from `input`.
+    the decision was made, so that a learning rule can make the logits again from `input`. `dropped` marks the slots in use that
+    go without their module, because too many tokens were sent to its device; None where that cannot be (see `layers.parallel`).
     """
 
     logits: Float[Array, "*R N M"]
@@ -90,6 +91,7 @@ class Routing:
     valid: Bool[Array, "*R N"]
     unrouted: Bool[Array, "*R N"]
     config: RouterConfig = flax.struct.field(pytree_node=False)
+    dropped: Bool[Array, "*R N K"] | None = None
 
     @property
     def slots(self) -> Int[Array, "*R N K"]:
@@ -284,6 +286,14 @@ def part(routing: Routing, first: Int[Array, ""], modules: int) -> Routing:
         active=active,
         config=replace(routing.config, modules=modules, groups=1, slots=index.shape[-1]),
     )
+
+
+def given(index: Int[Array, "N K"], active: Bool[Array, "N K"], modules: int) -> Routing:
+    """A routing decided elsewhere, of which only the slots are known; active ones have weight one."""
+    n, slots = index.shape
+    none = jnp.zeros((n, modules), jnp.float32)
+    weight, valid = active.astype(jnp.float32), jnp.any(active, -1)
+    return Routing(none, index, weight, active, none[:, :0], valid, jnp.zeros_like(valid), RouterConfig(modules, slots))
 
 
 def per_module(values: Float[Array, "N K"], routing: Routing) -> Float[Array, "N M"]:

@@ -58,6 +58,7 @@ def summary(routing: Routing, signals: Signals) -> dict[str, Array]:
     `load [M]` share of the slots in use that each module serves; `gating_acc` share of (token, group) decisions with several
     active modules whose top logit is the least surprising of them (by parameter gradient). It is NaN when no token has several,
     and for neurons, of which a token uses many at once and prefers none.
+    `dropped`: share of the slots in use that went without their module.
     """
     used = served(routing)  # [*R,M]
     used = used.reshape(-1, used.shape[-1]).sum(0)
@@ -72,6 +73,7 @@ def summary(routing: Routing, signals: Signals) -> dict[str, Array]:
         "max_load": jnp.max(load) * load.size,
         "dead_modules": jnp.sum(used == 0),
         "unrouted": jnp.sum(routing.unrouted) / valid,
+        "dropped": jnp.float32(0) if routing.dropped is None else jnp.sum(routing.dropped) / slots,
         "gating_acc": _gating_accuracy(routing, signals),
         "surprise_output": jnp.sum(signals.output) / slots,
         "surprise_param": jnp.sum(signals.param) / slots,

@@ -3,6 +3,7 @@
 Letters: D model, M modules, L layers.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -51,16 +52,16 @@ class Program:
 
 
 @contextmanager
-def placed(config: Config, mesh: Mesh) -> Iterator[None]:
+def placed(config: Config, mesh: Mesh, capacity: float = math.inf) -> Iterator[None]:
     """What is traced within (or by a function decorated with it) runs over the mesh, on the kernel that is configured."""
-    with over(sharding.layout(mesh)), grouped.using(config.mesh.grouped):
+    with over(sharding.layout(mesh, capacity)), grouped.using(config.mesh.grouped):
         yield
 
 
 def assemble(config: Config, mesh: Mesh, tasks: int, example: Batch) -> Program:
     """The program of a run with `tasks` tasks; `example` is any batch, the same in every process."""
     rule = make_rule(config)
-    loss_fn = placed(config, mesh)(make_loss(config, rule))
+    loss_fn = placed(config, mesh, config.mesh.capacity)(make_loss(config, rule))
     spec = transformer.spec(config.model, tasks)
     tx = make_optimizer(config.optim, config.train.steps, frozen_routers=config.learning.rule == "none")
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), spec, is_leaf=base.is_param)
@@ -149,7 +150,7 @@ def make_decoder(config: Config, mesh: Mesh) -> Decoder:
     cfg = config.model
 
     def rows(tree: Any, axis: int) -> Any:
-        split = NamedSharding(mesh, PartitionSpec(*(None,) * axis, sharding.RULES["batch"]))
+        split = NamedSharding(mesh, PartitionSpec(*(None,) * axis, *sharding.rows(mesh)))
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, split), tree)
 
     @placed(config, mesh)

@@ -6,6 +6,7 @@ sharding of the parameter it belongs to.
 """
 
 import importlib.util
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -21,13 +22,17 @@ from tinyonn_jax.layers.layout import Layout
 T = TypeVar("T")
 
 MESH_AXES = ("data", "fsdp", "expert")
+EXCHANGE = "exchange"
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", EXCHANGE),
     "embed": ("fsdp",),
-    "experts": ("expert",),
-    "modules": ("expert",),
+    "experts": ("expert", EXCHANGE),
+    "modules": ("expert", EXCHANGE),
 }
-"""Logical axis → mesh axes; an axis that is not named here is never split."""
+"""Logical axis → those of these mesh axes that the mesh has; an axis that is not named here is never split.
+
+With `mesh.dispatch all-to-all` the mesh axis `exchange` takes the place of `expert`: the batch is split along it as well.
+"""
 
 
 def make_mesh(cfg: MeshConfig, local: bool = False) -> Mesh:
@@ -56,13 +61,25 @@ def make_mesh(cfg: MeshConfig, local: bool = False) -> Mesh:
         raise ConfigError("mesh.grouped tokamax needs an optional package: pip install 'tinyonn_jax[tokamax]'")
     if cfg.grouped == "pallas" and devices[0].platform not in ("cpu", "gpu"):
         raise ConfigError(f"mesh.grouped pallas runs on GPUs, not on a {devices[0].platform}: leave it at auto")
-    shape = (data, cfg.fsdp, cfg.expert)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices[:used])
+    shape, names = (data, cfg.fsdp, cfg.expert), MESH_AXES
+    if cfg.dispatch == "all-to-all" and cfg.expert > 1:
+        names = (*MESH_AXES[:2], EXCHANGE)
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape), devices=devices[:used])
+
+
+def _along(mesh: Mesh, name: str | None) -> tuple[str, ...]:
+    """The axes of this mesh over which a logical axis is split."""
+    return tuple(axis for axis in RULES.get(name or "", ()) if axis in mesh.shape)
+
+
+def rows(mesh: Mesh) -> PartitionSpec:
+    """How the rows of a batch are split."""
+    return PartitionSpec(_along(mesh, "batch"))
 
 
 def row_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are split."""
-    return int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
+    return int(np.prod([mesh.shape[axis] for axis in _along(mesh, "batch")]))
 
 
 def feeding(mesh: Mesh) -> tuple[int, int]:
@@ -79,9 +96,9 @@ def feeding(mesh: Mesh) -> tuple[int, int]:
     return different.index(slices[jax.process_index()]), len(different)
 
 
-def layout(mesh: Mesh) -> Layout | None:
-    """How routed layers run over the mesh; None on one device."""
-    return Layout(mesh, partial(partition, mesh)) if mesh.size > 1 else None
+def layout(mesh: Mesh, capacity: float = math.inf) -> Layout | None:
+    """How routed layers run over the mesh; None on one device. `capacity` as in `Layout`."""
+    return Layout(mesh, partial(partition, mesh), capacity) if mesh.size > 1 else None
 
 
 def partition(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
@@ -92,7 +109,7 @@ def partition(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) 
     """
     split, taken = [], set()
     for name, size in zip(axes, shape, strict=True):
-        over = tuple(a for a in RULES.get(name or "", ()) if a in mesh.shape)
+        over = _along(mesh, name)
         if taken & set(over):
             raise ValueError(f"logical axes {axes} split over the same mesh axis twice: {sorted(taken & set(over))}")
         taken |= set(over)
@@ -143,7 +160,7 @@ def shard_batch(mesh: Mesh, batch: T) -> T:
     Raises:
         ValueError: the rows do not divide by the devices.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    sharding = NamedSharding(mesh, rows(mesh))
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

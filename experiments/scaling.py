@@ -1,0 +1,448 @@
+"""How a train step scales over devices, predicted: `python experiments/benchmark.py scaling [--devices N …] [--json FILE]`.
+
+The whole step of preset arc1 is compiled for simulated devices at a fixed number of tokens a device (weak scaling), and never
+run: its arguments are shapes without arrays. What is read from the compiled program is exact; what follows for real machines is
+a prediction. Exit status 1 if a device gathers tokens or the experts of others, or sends more the more devices there are.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from rich.console import Console
+from rich.table import Table
+
+from tinyonn_jax.arc.batches import Batch
+from tinyonn_jax.config import Config, Dispatch, MeshConfig, ModelConfig
+from tinyonn_jax.layers import base
+from tinyonn_jax.models import transformer
+from tinyonn_jax.presets import PRESETS
+from tinyonn_jax.training import assemble, sharding
+
+DEVICES = (1, 2, 4, 8, 16, 32, 64)
+ROWS, LENGTH, TASKS = 8, 1920, 1000  # of arc1's longest bucket, so many sequences a device as its tokens_per_batch holds
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+FLAT = 0.02  # by how much the bytes in a device's collectives may grow over those on the fewest devices with every mesh axis
+
+
+# --- reading a compiled program -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation. `shapes` of its results; `groups` of devices that take part together (for a permutation: pairs
+    that differ); `axis` along which it gathers; `times` it runs in a step."""
+
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
+    result: int
+    groups: tuple[tuple[int, ...], ...]
+    axis: int | None
+    times: int
+
+    @property
+    def payload(self) -> int:
+        """Bytes of the whole array that one group works on, in a step."""
+        return self.times * self.result * (len(self.groups[0]) if self.kind == "reduce-scatter" else 1)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that one device sends in a step, on a ring of n: (n-1)/n of the payload, twice that to reduce and hand out."""
+        if self.kind == "collective-permute":
+            return self.payload
+        n = len(self.groups[0])
+        return self.payload * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a program does on each device: its collectives that move anything, and the `flops` of its matmuls.
+
+    Loops whose number of turns is not known are left out: `unknown` counts the collectives and `loops` the matmuls in them.
+    """
+
+    collectives: tuple[Collective, ...]
+    flops: int
+    unknown: int
+    loops: int
+
+    def payload(self, kinds: Sequence[str] = KINDS) -> int:
+        """Bytes of all collectives of these kinds."""
+        return sum(c.payload for c in self.collectives if c.kind in kinds)
+
+    def sent(self, kinds: Sequence[str] = KINDS) -> float:
+        """Bytes a device sends in collectives of these kinds."""
+        return sum(c.sent for c in self.collectives if c.kind in kinds)
+
+
+class _Instruction(NamedTuple):
+    """`name = result operation(rest`; the result is a list of (element type, shape)."""
+
+    name: str
+    result: list[tuple[str, tuple[int, ...]]]
+    operation: str
+    rest: str
+
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*)$")
+_CALLED = re.compile(r"(condition|body|to_apply|calls|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)")
+_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+
+
+def read(text: str, devices: int) -> Reading:
+    """What an optimised program (HLO text, as XLA writes it for CPU) does on each of so many devices.
+
+    Raises:
+        ValueError: a collective whose groups are written in a way that is not known.
+    """
+    computations, times = _parse(text)
+    collectives, flops, unknown, loops = [], 0, 0, 0
+    for computation, body in computations.items():
+        turns, results = times(computation), {i.name: i.result for i in body}
+        for i in body:
+            if i.operation == "dot":
+                flops += _dot(i, results) * (turns or 0)
+                loops += turns is None
+            elif i.operation in KINDS and (groups := _groups(i.rest, devices)):
+                unknown += turns is None
+                size = sum(_width(dtype) * math.prod(shape) for dtype, shape in i.result)
+                axis = re.search(r"dimensions=\{(\d+)\}", i.rest)
+                shapes = tuple(shape for _, shape in i.result)
+                collectives.append(Collective(i.operation, shapes, size, groups, int(axis[1]) if axis else None, turns or 0))
+    return Reading(tuple(collectives), flops, unknown, loops)
+
+
+def _parse(text: str) -> tuple[dict[str, list[_Instruction]], Callable[[str], int | None]]:
+    """The computations of a program, and how often one runs in a step (None: in a loop of unknown length)."""
+    computations: dict[str, list[_Instruction]] = {}
+    callers: dict[str, list[tuple[str, int | None]]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            name = head[2]
+            entry = name if head[1] else entry
+            computations[name] = []
+        elif found := _INSTRUCTION.match(line):
+            computations[name].append(_Instruction(found[1], _shapes(found[2]), found[3], found[4]))
+            trips = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', line)
+            for role, called in _CALLED.findall(line):
+                turns = (int(trips[1]) if trips else None) if role in ("body", "condition") else 1
+                for callee in re.findall(r"[\w.-]+", called):
+                    callers.setdefault(callee, []).append((name, turns))
+
+    @cache
+    def times(computation: str) -> int | None:
+        total = int(computation == entry)
+        for caller, turns in callers.get(computation, []):
+            outer = times(caller)
+            if outer is None or turns is None:
+                return None
+            total += outer * turns
+        return total
+
+    return computations, times
+
+
+def _dot(i: _Instruction, results: dict[str, list[tuple[str, tuple[int, ...]]]]) -> int:
+    """FLOPs of one matmul: twice its result's size times that of the axes it sums over."""
+    ((_, out),), ((_, left),) = i.result, results[re.findall(r"%([\w.-]+)", i.rest)[0]]
+    axes = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", i.rest)
+    return 2 * math.prod(out) * (math.prod(left[a] for a in _numbers(axes[1])) if axes else 1)
+
+
+def _shapes(kind: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The arrays of a result type, `f32[2,3]{1,0}` or a tuple of them: (element type, shape)."""
+    return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(kind)]
+
+
+def _width(dtype: str) -> int:
+    """Bytes of one element."""
+    bits = re.search(r"\d+", dtype)
+    return max(int(bits[0]) // 8, 1) if bits else 1  # pred
+
+
+def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """The devices that talk to each other; none where each has only itself. Written as lists, as iotas, or as axes of a mesh."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
+        listed = [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)", pairs[1] + "}")]
+        return tuple((a, b) for a, b in listed if a != b)
+    if listed := re.search(r"replica_groups=\{(\{[\d,{}]*\})?\}", attributes):
+        groups = [[int(n) for n in g.split(",")] for g in re.findall(r"[\d,]+\d|\d", (listed[1] or "").replace("},{", " "))]
+        groups = groups or [list(range(devices))]
+    elif iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        groups = _iota(iota[2], iota[3]).reshape(_numbers(iota[1])).tolist()
+    elif mesh := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes
+    ):
+        names, sizes = zip(*(part.split("=") for part in mesh[1].split(",")), strict=True)
+        axes = [names.index(name) for name in mesh[4].split(",") if name]
+        ids = _iota(mesh[2] or str(devices), mesh[3]).reshape([int(n) for n in sizes])
+        ids = np.moveaxis(ids, axes, range(-len(axes), 0))
+        groups = ids.reshape(-1, math.prod(int(sizes[a]) for a in axes)).tolist()
+    else:
+        raise ValueError(f"groups of a collective not understood: {attributes[:200]}")
+    return tuple(map(tuple, groups)) if len(groups[0]) > 1 else ()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def _iota(dims: str, transpose: str | None) -> np.ndarray:
+    shape = _numbers(dims)
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose(_numbers(transpose)) if transpose else ids
+
+
+# --- the step, compiled -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """One row: how the devices are split, and what each of them does in a step. Bytes; `formula` and `done` are FLOPs."""
+
+    mesh: MeshConfig
+    formula: float
+    done: float
+    cost_analysis: float
+    state: int
+    temporaries: int
+    reading: Reading
+
+    @property
+    def devices(self) -> int:
+        """All of them."""
+        return self.mesh.data * self.mesh.fsdp * self.mesh.expert
+
+
+def split(devices: int, dispatch: Dispatch = "replicate") -> MeshConfig:
+    """fsdp 2 from two devices on, expert 2 from four on; the rest is data.
+
+    Raises:
+        ValueError: more than two devices, and not a multiple of four.
+    """
+    if devices in (1, 2):
+        return MeshConfig(1, devices, 1)
+    if devices < 1 or devices % 4:
+        raise ValueError(f"--devices must be 1, 2 or multiples of 4, got {devices}")
+    return MeshConfig(devices // 4, 2, 2, dispatch)
+
+
+def abstract_batch(mesh: Any, rows: int, length: int) -> Any:
+    """A batch as shapes, rows split over the devices."""
+    lies = NamedSharding(mesh, sharding.rows(mesh))
+
+    def array(*shape: int, dtype: Any = np.int32) -> Any:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=lies)
+
+    mask = array(length, dtype=np.float32)
+    return Batch(array(length), array(length, 3), array(), array(), mask, array(), array())  # pyright: ignore[reportArgumentType]
+
+
+def measure(config: Config, mesh_cfg: MeshConfig, rows: int = ROWS, length: int = LENGTH) -> Figures:
+    """The whole train step of a configuration with `rows` sequences a device, compiled.
+
+    Raises:
+        ValueError: it gathers what it must not (see `forbidden`), or talks in loops of unknown length.
+    """
+    config = dataclasses.replace(config, mesh=mesh_cfg)
+    mesh = sharding.make_mesh(mesh_cfg)
+    batch = abstract_batch(mesh, rows * mesh.size, length)
+    program = assemble.assemble(config, mesh, TASKS, batch)
+    compiled: Any = program.step.lower(program.like, batch).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    reading = read(compiled.as_text(), mesh.size)
+    if reading.unknown:
+        raise ValueError(f"{mesh_cfg}: {reading.unknown} collectives in loops of unknown length")
+    alike = 1 if mesh_cfg.dispatch == "all-to-all" else mesh_cfg.expert  # devices that have the same tokens
+    if found := forbidden(reading, program.spec, config, rows * alike, length):
+        raise ValueError(f"{mesh_cfg}: {found}")
+    memory = compiled.memory_analysis()
+    return Figures(
+        mesh=mesh_cfg,
+        formula=sum(step_flops(config.model, rows * length, length)),
+        done=reading.flops + step_flops(config.model, rows * length, length)[1],
+        cost_analysis=compiled.cost_analysis()["flops"],
+        state=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        reading=reading,
+    )
+
+
+def forbidden(reading: Reading, spec: Any, config: Config, rows: int, length: int) -> str:
+    """What is gathered that should not be, in words: tokens (of `rows` sequences on each device), or weights of all modules.
+
+    Where experts are sent tokens, latent heads are gathered on purpose; experts are told from them by their hidden axis.
+    """
+    of_all = "hidden" if config.mesh.dispatch == "all-to-all" else "experts"
+    modules = [p.shape for p in jax.tree.leaves(spec, is_leaf=base.is_param) if "experts" in p.axes and of_all in p.axes]
+    for c in (c for c in reading.collectives if c.kind == "all-gather"):
+        assert c.axis is not None
+        for shape in c.shapes:
+            size, n = shape[c.axis], len(c.groups[0])
+            if size == n * rows * length or (size == n * rows and length in shape[c.axis + 1 :]):
+                return f"tokens are gathered: {shape} along axis {c.axis}"
+            if config.mesh.expert > 1 and sorted(shape) in map(sorted, modules):
+                return f"the weights of all modules are gathered: {shape}"
+    return ""
+
+
+def step_flops(model: ModelConfig, tokens: int, length: int) -> tuple[float, float]:
+    """FLOPs of one step on so many tokens, by formula: all but the routed matmuls, and those.
+
+    6 × active parameters × tokens, and attention with all `length` slots, for each recursion; a third more with remat.
+    Optimizers, norms and softmax are left out.
+    """
+    slots, d, c = model.heads * model.active_heads, model.dim, model.head_dim
+    shared, routed = 2 * d * c * model.heads, 0  # keys and values
+    mlp = d * model.expert_hidden * (3 if model.gated else 2)
+    routed += model.active_experts * mlp
+    shared += model.shared_experts * mlp + d * (model.latent_heads + model.experts)  # routers
+    heads = 2 * d * c * slots
+    if model.latent_heads <= 4 * slots:  # as layers.linear decides: one matmul for all of them
+        shared += heads
+    else:
+        routed += heads
+    passes = model.depth * (8 if model.remat else 6)
+    other = passes * (shared + 2 * length * slots * c) + 6 * d * transformer.VOCAB
+    return tokens * other, tokens * passes * routed
+
+
+def flat(rows: Sequence[Figures]) -> str:
+    """In words, how what a device sends grows among the rows that have every mesh axis; empty if it does not."""
+    whole = [row for row in rows if min(row.mesh.data, row.mesh.fsdp, row.mesh.expert) > 1]
+    for row in whole[1:]:
+        before, now = whole[0].reading.payload(), row.reading.payload()
+        if now > before * (1 + FLAT):
+            return f"bytes in collectives grow from {before:,} on {whole[0].devices} devices to {now:,} on {row.devices}"
+    return ""
+
+
+# --- what follows for real machines -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Peak FLOP/s in bfloat16; bytes/s a device sends within `island` devices, and beyond."""
+
+    name: str
+    peak: float
+    island: int
+    near: float
+    far: float
+
+
+UTILISATION = 0.4
+MACHINES = (
+    Machine("H100 SXM", 989e12, 8, 450e9, 50e9),
+    Machine("TPU v5p", 459e12, 10**9, 200e9, 200e9),
+)
+ASSUMPTIONS = f"""\
+Predicted, not measured. Matmuls run at {UTILISATION} of the peak, collectives at the full speed of their link, as rings without
+latency; nothing else costs time, and the load of the experts is even. Of two figures the first lets nothing overlap, the second
+hides all communication behind matmuls. H100 SXM: 989 TFLOP/s in bfloat16, dense; NVLink, 450 GB/s each way among eight; beyond
+them 400 Gb/s InfiniBand for each GPU, at which a collective that leaves its eight runs as a whole (see
+glennklockwood.com/garden/processors/h100 and jax-ml.github.io/scaling-book/gpus). TPU v5p: 459 TFLOP/s; 4,800 Gb/s a chip over
+three torus axes, of which a collective uses one (see cloud.google.com/tpu/docs/v5p)."""
+READ = """\
+All figures per device and step: TFLOPs, MB sent, GB of memory. `formula`: 6 × active parameters × tokens, and attention, for
+every recursion, a third more for remat. `program`: the matmuls of the compiled program, those in loops by their trip counts; so
+latent heads that go unused, what is computed twice over `expert`, and the optimizer, are in it. The routed matmuls, on CPU a loop
+of unknown length and elsewhere ragged_dot, are taken from the formula. Sent: in rings, (n − 1) / n of an array, twice that for an
+all-reduce; in loops by their trip counts. Memory is that of the CPU program. float16 stands in for bfloat16, which XLA's CPU
+compiler would widen to float32."""
+
+
+def predict(machine: Machine, row: Figures) -> tuple[float, float]:
+    """Seconds of a step in matmuls, and in collectives."""
+
+    def speed(c: Collective) -> float:
+        near = all(max(group) // machine.island == min(group) // machine.island for group in c.groups)
+        return machine.near if near else machine.far
+
+    return row.done / (UTILISATION * machine.peak), sum(c.sent / speed(c) for c in row.reading.collectives)
+
+
+def tables(rows: Sequence[Figures]) -> Iterable[Table]:
+    """What was read, and what is predicted."""
+    sent = [kind for kind in KINDS if any(row.reading.sent((kind,)) for row in rows)]
+    kinds = [kind.removeprefix("collective-") for kind in sent]
+    read_table = Table("devices", "data × fsdp × expert", "formula", "program", *kinds, "state", "temporaries")
+    for row in rows:
+        mesh = f"{row.mesh.data} × {row.mesh.fsdp} × {row.mesh.expert}"
+        by_kind = [f"{row.reading.sent((kind,)) / 1e6:,.1f}" for kind in sent]
+        memory = (f"{row.state / 1e9:.2f}", f"{row.temporaries / 1e9:.1f}")
+        read_table.add_row(str(row.devices), mesh, f"{row.formula / 1e12:.1f}", f"{row.done / 1e12:.1f}", *by_kind, *memory)
+    yield read_table
+    predicted = Table("machine", "devices", "matmuls, ms", "collectives, ms", "step, ms", "efficiency, %")
+    for machine in MACHINES:
+        alone = sum(predict(machine, rows[0]))
+        for row in rows:
+            compute, talk = predict(machine, row)
+            slow, fast = compute + talk, max(compute, talk)
+            shown = (f"{compute * 1e3:.0f}", f"{talk * 1e3:.1f}", f"{slow * 1e3:.0f} – {fast * 1e3:.0f}")
+            predicted.add_row(machine.name, str(row.devices), *shown, f"{100 * alone / slow:.0f} – {100 * alone / fast:.0f}")
+    yield predicted
+
+
+def as_json(row: Figures) -> dict[str, Any]:
+    """The row as plain values."""
+    sent = {kind: row.reading.sent((kind,)) for kind in KINDS}
+    times = {machine.name: dict(zip(("matmuls", "collectives"), predict(machine, row), strict=True)) for machine in MACHINES}
+    rest = {k: v for k, v in dataclasses.asdict(row).items() if k != "reading"}
+    return {"devices": row.devices, **rest, "bytes_sent": sent, "payload": row.reading.payload(), "seconds": times}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compiles the step for every number of devices, prints both tables; exit status 1 if a promise is broken."""
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--devices", nargs="+", type=int, default=list(DEVICES), metavar="N", help="numbers of devices: 1, 2, multiples of 4"
+    )
+    parser.add_argument("--dispatch", choices=get_args(Dispatch), default="replicate", help="as --mesh.dispatch of a run")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    args = parser.parse_args(arguments)
+    try:
+        meshes = [split(n, args.dispatch) for n in sorted(set(args.devices))]
+    except ValueError as error:
+        parser.error(str(error))
+    # Nothing runs, so machine code need not be good; the program that is read is made before it.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    jax.config.update("jax_platforms", "cpu")
+    if jax.config.values["jax_num_cpu_devices"] < max(args.devices):  # possible before the first array only
+        jax.config.update("jax_num_cpu_devices", max(args.devices))
+    config = PRESETS["arc1"][1]
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float16"))  # pyright: ignore[reportArgumentType]
+    console = Console(width=max(Console().width, 132))
+    rows = []
+    try:
+        for mesh in meshes:
+            rows.append(measure(config, mesh))
+            console.print(f"{rows[-1].devices} devices: compiled", highlight=False)
+        broken = flat(rows)
+    except ValueError as error:
+        broken = str(error)
+    if args.json:
+        args.json.write_text(json.dumps([as_json(row) for row in rows], indent=2) + "\n")
+    for table, note in zip(tables(rows) if rows else (), (READ, ASSUMPTIONS), strict=False):
+        console.print(table)
+        console.print(note, highlight=False, markup=False)
+    if broken:
+        sys.exit(f"error: {broken}")
+
+
+if __name__ == "__main__":
+    main()
