@@ -237,7 +237,7 @@ def split(devices: int, dispatch: Dispatch = "replicate") -> MeshConfig:
         return MeshConfig(1, devices, 1)
     if devices < 1 or devices % 4:
         raise ValueError(f"--devices must be 1, 2 or multiples of 4, got {devices}")
-    return MeshConfig(devices // 4, 2, 2, dispatch)
+    return MeshConfig(devices // 4, 2, 2, dispatch=dispatch)
 
 
 def abstract_batch(mesh: Any, rows: int, length: int) -> Any:
