@@ -153,6 +153,7 @@ def train(run: Run, started: float | None = None) -> None:
         platform = mesh.devices.flat[0].platform
         say(f"grouped matmul: {grouped.title(config.mesh.grouped, platform)} ({platform})")
 
+    meet("start")  # the first collective follows, and gives up on those who are late (Gloo: after half a minute)
     with Checkpoints(folder / CHECKPOINTS, config.train.keep, json.loads(to_json(config)), say) as checkpoints:
         state = checkpoints.restore(program.like)
         if state is None:
@@ -320,7 +321,7 @@ def evaluate(run: Run, checkpoint: Which) -> dict[str, Any] | None:
 
 
 def _gather(mine: Any) -> Any:
-    """Arrays `[P,…]` of each process's own. They meet first: a collective gives up after half a minute (Gloo)."""
+    """Arrays `[P,…]` of each process's own. They meet first, for a collective gives up on those who are late."""
     meet("answers")
     return multihost_utils.process_allgather(mine)
 
