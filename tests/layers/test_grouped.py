@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.layers.naive import CLOSE
 from tinyonn_jax.layers import grouped, kernels
 
-ROWS, MODULES, INPUTS, OUTPUTS = 70, 4, 5, 3  # blocks of 32 rows: the larger groups below span several
+ROWS, MODULES, INPUTS, OUTPUTS = 70, 4, 5, 3  # blocks of 16 to 32 rows: the larger groups below span several
 KERNELS = tuple(kernel for kernel in kernels.TITLES if kernel != "tokamax" or importlib.util.find_spec("tokamax"))
 SIZES = {
     "even, nothing idle": [18, 17, 18, 17],
@@ -23,7 +23,7 @@ SIZES = {
     "all in the last, some idle": [0, 0, 0, 33],
     "one row": [0, 1, 0, 0],
     "all idle": [0, 0, 0, 0],
-    "a block exactly": [32, 32, 0, 6],
+    "blocks exactly": [24, 32, 0, 6],
 }
 
 

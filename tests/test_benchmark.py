@@ -1,0 +1,56 @@
+"""The benchmark's own arithmetic, and the GPU script at a tiny size on this CPU."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))  # as a script there imports its neighbours
+    return importlib.import_module("gpu")
+
+
+def test_parity_and_attention_pass_here(gpu):
+    rows = [*gpu.parity(gpu.TINY), *gpu.attending(gpu.TINY)]
+    assert [row.ok for row in rows] == [True] * (len(rows) - 1) + [None]  # the last asks for cuDNN
+    assert {row.row.split()[1].rstrip(",") for row in rows} >= {"loop", "ragged", "pallas", "padded", "dense"}
+
+
+def test_what_fails_or_has_no_time_is_said(gpu, monkeypatch, tmp_path):
+    def broken(sizes):
+        yield gpu.attempt("one", 1.0, lambda: math.sqrt(-1))
+        yield gpu.Row("two", 2.0, 1.0)
+        yield gpu.Row("three", 2.0, 1.0, least=True)
+        raise MemoryError("too small")
+
+    monkeypatch.setattr(gpu, "SECTIONS", (broken, broken))
+    file = tmp_path / "rows.json"
+    assert not gpu.report(gpu.rows(gpu.TINY, 60), file)
+    rows = json.loads(file.read_text())[:4]
+    assert [(row["value"], row["ok"]) for row in rows] == [(None, False), (2.0, False), (2.0, True), (None, False)]
+    late = list(gpu.rows(gpu.TINY, -1))
+    assert [(row.row, row.ok) for row in late] == [("broken: no time left", None)] * 2
+
+
+def test_relative_error_is_the_worst_array(gpu):
+    assert gpu.distance((np.array([3.0, 4.0]), np.ones(2)), (np.array([3.0, 4.5]), np.ones(2))) == pytest.approx(
+        0.5 / math.hypot(3.0, 4.5)
+    )
+
+
+def test_useful_flops_by_hand(gpu):
+    """Two sequences of 4 tokens, prefix 2, one recursion: the second half of the mask is causal."""
+    model = gpu.ModelConfig(
+        dim=10, heads=2, head_dim=6, latent_heads=4, experts=4, active_experts=2, expert_hidden=3, depth=1, gated=False
+    )
+    weights = 2 * 10 * 6 + 2 * 10 * 6 + 2 * 10 * 12 + 2 * 2 * 10 * 3  # q, o of a head in two groups; k, v; two experts
+    seen = 2 + 2 + 3 + 4
+    want = 2 * (6 * 4 * weights + 12 * 2 * 6 * seen + 6 * 4 * 10 * 14)
+    assert gpu.useful_flops(model, gpu.random_batch(2, 4)) == want
