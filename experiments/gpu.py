@@ -91,7 +91,7 @@ def _line(error: Exception) -> str:
 
 def usable() -> list[kernels.Kernel]:
     """The kernels whose packages are here."""
-    found = []
+    found: list[kernels.Kernel] = []
     for kernel in kernels.TITLES:
         try:
             kernels.load(kernel)
@@ -119,10 +119,11 @@ def parity(sizes: Sizes) -> Iterator[Row]:
             dx, dw, tap = vjp(g)
             return y, dx, dw, tap.rows, tap.modules
 
-        want = loops(*(np.asarray(a, np.float64) for a in (x, w, g)), counts)
+        x64, w64, g64 = (np.asarray(a, np.float64) for a in (x, w, g))
+        want = loops(x64, w64, g64, counts)
         for kernel in usable():
 
-            def measure(kernel=kernel, args=(x, w, g), want=want, run=run):
+            def measure(kernel: kernels.Kernel = kernel, args=(x, w, g), want=want, run=run):
                 with grouped.using(kernel), jax.default_matmul_precision("highest"):
                     return distance(jax.jit(run)(*args), want)
 
