@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark import Row, machine, medians, plain_step, random_batch, report, useful_flops, whole_step
+from measure import Row, machine, medians, plain_step, random_batch, report, useful_flops, whole_step
 
 from tinyonn_jax.arc.evaluate import evaluate
 from tinyonn_jax.arc.tasks import Task, load_task_sets

@@ -1,26 +1,36 @@
 """The presets (`--preset`): each a size, a data set and a budget. Every field can be overridden on the command line."""
 
+from dataclasses import replace
 from typing import Literal, get_args
 
 from tinyonn_jax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 
 Preset = Literal["smoke", "demo", "continual", "laptop", "arc1", "arc2"]
 
-_LONG_BUCKETS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1408, 1920)
-_LARGE_MODEL = ModelConfig(
-    dim=768,
-    heads=12,
-    head_dim=64,
-    latent_heads=48,
-    hidden=3072,
-    experts=16,
-    expert_hidden=1536,
-    depth=8,
-    remat=True,
-    dtype="bfloat16",
+_ARC1 = Config(
+    model=ModelConfig(
+        dim=768,
+        heads=12,
+        head_dim=64,
+        latent_heads=48,
+        hidden=3072,
+        experts=16,
+        expert_hidden=1536,
+        depth=8,
+        remat=True,
+        dtype="bfloat16",
+    ),
+    optim=OptimConfig(muon_lr=1.66e-3, lr=3e-4, meta_lr=3e-4, decay_from=0.8, ema=0.999),
+    data=DataConfig(
+        train=("arc1", "arc2"),
+        eval="arc1",
+        buckets=(64, 96, 128, 192, 256, 384, 512, 768, 1024, 1408, 1920),
+        tokens_per_batch=16_384,
+        drop_overlap=True,
+    ),
+    train=TrainConfig(steps=200_000, log_every=100, checkpoint_every=2000),
+    eval=EvalConfig(augmentations=300, batch=512),
 )
-_LARGE_OPTIM = OptimConfig(muon_lr=1.66e-3, lr=3e-4, meta_lr=3e-4, decay_from=0.8, ema=0.999)
-_LARGE_TRAIN = TrainConfig(steps=200_000, log_every=100, checkpoint_every=2000)
 
 PRESETS: dict[str, tuple[str, Config]] = {
     "smoke": (
@@ -52,29 +62,10 @@ PRESETS: dict[str, tuple[str, Config]] = {
         "the 178 ARC-AGI-1 training tasks with grids up to 10 x 10; about forty minutes on two CPU cores, routed kinds longer",
         Config(data=DataConfig(max_grid=10), train=TrainConfig(steps=10_000, log_every=50, validate_every=2000)),
     ),
-    "arc1": (
-        "ARC-AGI-1, scored on its 400 evaluation tasks; one large GPU, bfloat16",
-        Config(
-            model=_LARGE_MODEL,
-            optim=_LARGE_OPTIM,
-            data=DataConfig(
-                train=("arc1", "arc2"), eval="arc1", buckets=_LONG_BUCKETS, tokens_per_batch=16_384, drop_overlap=True
-            ),
-            train=_LARGE_TRAIN,
-            eval=EvalConfig(augmentations=300, batch=512),
-        ),
-    ),
+    "arc1": ("ARC-AGI-1, scored on its 400 evaluation tasks; one large GPU, bfloat16", _ARC1),
     "arc2": (
         "ARC-AGI-2, scored on its 120 evaluation tasks; one large GPU, bfloat16",
-        Config(
-            model=_LARGE_MODEL,
-            optim=_LARGE_OPTIM,
-            data=DataConfig(
-                train=("arc1", "arc2"), eval="arc2", buckets=_LONG_BUCKETS, tokens_per_batch=16_384, drop_overlap=True
-            ),
-            train=_LARGE_TRAIN,
-            eval=EvalConfig(augmentations=300, batch=512),
-        ),
+        replace(_ARC1, data=replace(_ARC1.data, eval="arc2")),
     ),
 }
 assert set(PRESETS) == set(get_args(Preset))

@@ -1,0 +1,175 @@
+"""What rows of a benchmark are made with: the clock, the steps that are compared, and the report of what was found."""
+
+import dataclasses
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from tinyonn_jax.arc import tokens
+from tinyonn_jax.arc.batches import Batch
+from tinyonn_jax.config import Config, LearningConfig, ModelConfig, OptimConfig
+from tinyonn_jax.layers import base
+from tinyonn_jax.learning.rule import backprop
+from tinyonn_jax.models import transformer
+from tinyonn_jax.training import optim
+from tinyonn_jax.training.objective import make_loss, make_rule
+from tinyonn_jax.training.state import TrainState
+from tinyonn_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measured figure: ok when value ≤ limit, or ≥ limit with `least`.
+
+    Without a limit it is only to be known; without a value it was not measured, or could not be for the `error`.
+    """
+
+    row: str
+    value: float | None
+    limit: float | None = None
+    unit: str = "ratio"
+    least: bool = False
+    error: str = ""
+
+    @property
+    def ok(self) -> bool | None:
+        """Whether the value keeps its limit; an error does not, and None is neither."""
+        if self.limit is None or (self.value is None and not self.error):
+            return None
+        if self.value is None:
+            return False
+        return self.value >= self.limit if self.least else self.value <= self.limit
+
+
+def clock() -> float:
+    """Seconds of CPU time on a CPU, of wall time elsewhere."""
+    return time.process_time() if jax.default_backend() == "cpu" else time.perf_counter()
+
+
+def medians(functions: dict[str, Callable[[], Any]], repeats: int = 9, seconds: Callable[[], float] = clock) -> dict[str, float]:
+    """Median seconds of each function, warmed up, runs interleaved in random order."""
+    for function in functions.values():
+        jax.block_until_ready(function())
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    order = [name for name in functions for _ in range(repeats)]
+    random.Random(0).shuffle(order)
+    for name in order:
+        start = seconds()
+        jax.block_until_ready(functions[name]())
+        taken[name].append(seconds() - start)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def random_batch(sequences: int, length: int) -> Any:
+    """Random tokens on random cells, the second half trained on."""
+    rng = np.random.default_rng(0)
+    mask = np.zeros((sequences, length), np.float32)
+    mask[:, length // 2 : -1] = 1
+    zeros = np.zeros(sequences, np.int32)
+    return jax.tree.map(
+        jnp.asarray,
+        Batch(
+            tokens=rng.integers(0, tokens.VOCAB, (sequences, length), np.int32),
+            positions=rng.integers(0, 10, (sequences, length, 3)).astype(np.int32),
+            prefix=zeros + length // 2,
+            length=zeros + length,
+            loss_mask=mask,
+            task=zeros,
+            dihedral=zeros,
+        ),
+    )
+
+
+def whole_step(model: ModelConfig, batch: Batch, rule: str = "sars") -> tuple[Callable[[], Any], Any]:
+    """The project's whole train step as a closure that carries its state along, and the compiled program."""
+    config = dataclasses.replace(Config(), model=model, learning=LearningConfig(rule=rule))  # pyright: ignore[reportArgumentType]
+    learning = make_rule(config)
+    loss = make_loss(config, learning)
+    tx = optim.make_optimizer(OptimConfig(matrices="adamw"), 1000)
+    params = jax.jit(lambda key: base.init(key, transformer.spec(model, 1)))(jax.random.key(0))
+    routings = jax.eval_shape(loss, params, None, batch)[1].routings
+    box = [TrainState.create(params, tx, learning.init(params, routings))]
+    program = make_train_step(loss, learning, tx, ema=0.995).lower(box[0], batch).compile()
+
+    def run():
+        box[0], metrics = program(box[0], batch)
+        return metrics["main_loss"]
+
+    return run, program
+
+
+def useful_flops(model: ModelConfig, batch: Batch) -> float:
+    """FLOPs of a `dyntrm` training step that the result needs: six for every weight that a token uses, and those of attention
+    over the positions that tokens see. Routers, optimizers and what remat computes again are not counted."""
+    heads, c, f = model.heads * model.active_heads, model.head_dim, model.expert_hidden * (3 if model.gated else 2)
+    experts = (model.active_experts + model.shared_experts) * f
+    weights = model.dim * (2 * c * (heads + model.heads) + experts)
+    length, prefix = np.asarray(batch.length, np.float64), np.asarray(batch.prefix, np.float64)
+    pairs = np.sum(length * (length + 1) + prefix * (prefix - 1)) / 2  # causal, and the rest of the prefix's square
+    return float(
+        model.depth * (6 * weights * length.sum() + 12 * heads * c * pairs) + 6 * model.dim * tokens.VOCAB * length.sum()
+    )
+
+
+def plain_step(model: ModelConfig, batch: Batch) -> Callable[[], Any]:
+    """The conventional step: same forward, router through the main loss, one AdamW; no signals, no meta loss, no bookkeeping."""
+    config = dataclasses.replace(Config(), model=model)
+    loss = make_loss(config, backprop())
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optim.schedule(3e-3, 1000, OptimConfig()), weight_decay=0.1))
+    params = jax.jit(lambda key: base.init(key, transformer.spec(model, 1)))(jax.random.key(0))
+
+    def step(params, opt_state, batch):
+        (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params, None, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    program = jax.jit(step, donate_argnums=(0, 1))
+    box = [params, tx.init(params)]
+
+    def run():
+        box[0], box[1], value = program(box[0], box[1], batch)
+        return value
+
+    return run
+
+
+def machine() -> str:
+    """The device and the rate of a plain float32 matmul on it."""
+    a = jnp.ones((2048, 2048))
+    f = jax.jit(jnp.matmul)
+    rate = 2 * 2048**3 / medians({"a": lambda: f(a, a)}, 5, time.perf_counter)["a"] / 1e9
+    return f"{jax.device_count()} × {jax.devices()[0].device_kind}, jax {jax.__version__}, float32 matmul {rate:.0f} GFLOP/s"
+
+
+def report(measured: Iterable[Row], file: Path | None) -> bool:
+    """Prints rows as they come, then as a table, and writes them as JSON; whether none misses its limit."""
+    console, rows = Console(), []
+    for row in measured:
+        console.print(f"{row.row}: {_shown(row)}", highlight=False)
+        rows.append(row)
+    table = Table("row", "value", "limit", "unit", "ok")
+    for row in rows:
+        limit = "" if row.limit is None else f"{'≥' if row.least else '≤'} {row.limit:g}"
+        table.add_row(row.row, _shown(row, unit=False), limit, row.unit, {True: "yes", False: "NO", None: ""}[row.ok])
+    console.print(table)
+    if file:
+        kept = [{"row": row.row, "value": row.value, "limit": row.limit, "ok": row.ok} for row in rows]
+        file.write_text(json.dumps(kept, indent=2) + "\n")
+    return all(row.ok is not False for row in rows)
+
+
+def _shown(row: Row, unit: bool = True) -> str:
+    if row.value is None:
+        return row.error or "not measured"
+    return f"{row.value:.4g} {row.unit if unit else ''}".rstrip()
