@@ -144,7 +144,7 @@ class LearningConfig:
     renew: float = 1e-4
     """msaps: modules whose activation rate falls below this get a new prototype; 0 turns it off."""
     balance: float = 0.0
-    """backprop: weight of the load-balance loss; 0 turns it off."""
+    """sars, backprop: weight of a loss that is least when all modules serve as many tokens; 0 turns it off."""
     pi_alpha: float = 0.1
     """Predictive integrity PI = exp(-alpha (loss / tau + gamma surprise)): alpha."""
     pi_gamma: float = 1.0

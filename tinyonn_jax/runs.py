@@ -4,14 +4,16 @@ Before the first step `run.json` (preset, command, versions), `tasks.json` and `
 a folder that has the last has all.
 """
 
+import contextlib
 import difflib
+import fcntl
 import importlib.metadata
 import io
 import json
 import platform
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +44,7 @@ from tinyonn_jax.training.checkpoint import Checkpoints, meet, restore_params
 from tinyonn_jax.training.state import TrainState
 
 CONFIG, TASKS, ORIGIN, PARAMETERS = "config.json", "tasks.json", "run.json", "parameters.json"
-ROUTING, CHECKPOINTS = "routing_latest.npz", "checkpoints"
+ROUTING, CHECKPOINTS, LOCK = "routing_latest.npz", "checkpoints", ".lock"
 Say = Callable[[str], None]
 Which = int | Literal["latest", "best"]
 
@@ -129,9 +131,27 @@ def train(run: Run, started: float | None = None) -> None:
 
     Raises:
         InterruptedRun, DivergedError, CheckpointError: see `loop.run`.
-        ConfigError: the devices do not fit the mesh.
+        ConfigError: the devices do not fit the mesh, or another run trains into the folder.
         DataError: no sequence fits.
     """
+    with _alone(run.folder) if jax.process_index() == 0 else contextlib.nullcontext():
+        _train(run, started)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps others from training into a folder; the system lets go of it, however this process ends."""
+    with open(folder / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another process trains into it; wait for it or stop it, or change --workdir") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _train(run: Run, started: float | None) -> None:
     folder, config, sets = run.folder, run.config, run.sets
     mesh = sharding.make_mesh(config.mesh)
     process, feeding = jax.process_index(), sharding.feeding(mesh)

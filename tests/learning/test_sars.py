@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tinyonn_jax.layers import routing as routes
-from tinyonn_jax.layers.routing import Router, RouterConfig
-from tinyonn_jax.learning.sars import Granularity, goodness, sars
+from tinyonn_jax.layers.routing import Router, RouterConfig, Routing
+from tinyonn_jax.learning.sars import Granularity, goodness, imbalance, sars
 from tinyonn_jax.learning.signals import Signals
 
 N, D, M, G, K = 7, 4, 6, 2, 4
@@ -236,3 +236,40 @@ def test_several_layers_are_averaged():
     )
     assert float(loss) == pytest.approx(np.mean(alone), rel=1e-6)
     assert rule.isolate
+
+
+def test_imbalance_by_hand():
+    """Two tokens (and a padded one), two groups of two modules, one router for both of two recursions, or one for each."""
+    cfg = RouterConfig(4, 1, groups=2, select="top_k")
+    zeros, valid = jnp.zeros((2, 3, 4)), jnp.asarray([[True, True, False]] * 2)
+    index = jnp.asarray([[[0, 2], [0, 3], [1, 2]], [[0, 2], [1, 3], [1, 2]]])
+    active = jnp.broadcast_to(valid[..., None], index.shape)
+    routing = Routing(zeros, index, active.astype(jnp.float32), active, jnp.zeros((2, 3, 1)), valid, jnp.zeros((2, 3), bool), cfg)
+    odds = jnp.asarray([[3.0, 1.0], [1.0, 1.0]])  # of module 0 over 1, and of 2 over 3
+    prior = jnp.broadcast_to(jnp.log(odds), (2, 3, 2, 2)).at[:, 2].set(70.0)
+    # Group 0: p = (3/4, 1/4), load (1, 0) and (1/2, 1/2), in all (3/4, 1/4); group 1: all even, which is 1.
+    shared, apart = jnp.zeros((4, 5)), jnp.zeros((2, 4, 5))
+    assert float(imbalance(prior, routing, shared)) == pytest.approx(np.mean([2 * (9 + 1) / 16, 1]))
+    assert float(imbalance(prior, routing, apart)) == pytest.approx(np.mean([2 * 3 / 4, 1, 1, 1]))
+
+
+def test_balance_keeps_modules_in_use_that_entropy_alone_gives_up():
+    """64 random tokens with a mean, 8 modules of which a token uses two, no surprise at all: 300 steps down the meta loss."""
+    cfg = RouterConfig(8, 2)
+    x = jax.random.normal(jax.random.key(0), (64, D)) + 2
+    first = Router(jax.random.normal(jax.random.key(1), (8, D)), jnp.zeros(8))
+    none = Signals(*(jnp.zeros((64, 2)) for _ in range(3)), *(jnp.zeros(8) for _ in range(2)))
+
+    def load(balance):
+        def loss(router):
+            routing = route(jax.lax.stop_gradient(router), x, cfg)
+            return sars(balance=balance).objective({"a": router}, {"a": routing}, {"a": none}, META)[0]
+
+        def step(router, _):
+            return jax.tree.map(lambda p, g: p - 0.3 * g, router, jax.grad(loss)(router)), None
+
+        last = jax.jit(lambda r: jax.lax.scan(step, r, length=300)[0])(first)
+        return np.asarray(jax.jit(routes.served)(route(last, x, cfg)))
+
+    assert np.sum(load(0.0) > 0) <= 4
+    assert load(1.0).min() > 0.75 * 64 * 2 / 8

@@ -111,6 +111,16 @@ def test_train_says_what_it_does_and_leaves_what_it_should(first):
     assert json.loads((folder / "run.json").read_text())["preset"] == "smoke"
 
 
+def test_a_folder_that_another_process_trains_into_is_refused(copy, monkeypatch, capsys):
+    hold = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold, copy / ".lock"], stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline()
+        assert here(monkeypatch, "train", "--workdir", copy, "--mesh.data", "1") == 2
+        assert "another process trains into it" in capsys.readouterr().err
+        other.kill()
+    assert here(monkeypatch, "train", "--workdir", copy, "--mesh.data", "1") == 0  # whoever is killed lets go of it
+
+
 @pytest.mark.parametrize("shortened", [False, True])
 def test_the_same_command_again_finds_the_run_complete(copy, shortened, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in copy.iterdir() if path.is_file()}

@@ -2,11 +2,13 @@
 
     goodness     = DRLN(importance) · (DRLN(logits) − DRLN(cost))      over the modules that compete; 0 for unused ones
     prior_logits = logits ∓ sg(goodness)                               from log p(z) ∝ log p(z|x) − log p(x|z)
-    L_meta       = mean over tokens of entropy(softmax(prior_logits))
+    L_meta       = mean over tokens of entropy(prior) + balance · P Σ_m load_m · mean over tokens of prior_m
+    prior        = softmax(prior_logits)
 
 Importance and cost are surprise: at granularity `module` the norms of the module's output and parameter gradients over the
 batch, at `token` the token's attribution and ghost norm. Letters: N tokens, M modules, G groups of P that compete.
-Source: seed 1 §3, seed 4; MECHANISMS §5.
+Source: seed 1 §3, seed 4; MECHANISMS §5. The seeds have no `balance`, and there the easiest way down is to give every token the
+same modules.
 """
 
 from typing import Literal
@@ -16,11 +18,12 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from tinyonn_jax.layers.routing import Routing, drln, entropy, per_module
+from tinyonn_jax.layers.routing import Routing, drln, entropy, per_module, pooled, served
 from tinyonn_jax.learning.rule import LearningRule, initial, layers, logits_of, mean_over_tokens, part, record, replace_layer
 from tinyonn_jax.learning.signals import Signals
 
 Granularity = Literal["module", "token"]
+TINY = 1e-12
 
 
 def _competing(values: Float[Array, "*R M"], routing: Routing) -> Float[Array, "*R G P"]:
@@ -47,16 +50,29 @@ def goodness(
     return stop_gradient(jnp.where(used, drln(importance) * (drln(belief) - drln(cost)), 0.0))
 
 
+def imbalance(prior: Float[Array, "*R N G P"], routing: Routing, proto: Float[Array, "*L M D"]) -> Float[Array, ""]:
+    """P Σ_m load_m p_m, a mean over groups; load: m's share of the slots in use, p: of the mean softmax(prior). 1 when even.
+
+    Both are taken over the batch and the recursions that share a router; load has no gradient. Source: Switch Transformers
+    (arXiv 2101.03961), eq. 4-6.
+    """
+    p = jnp.where(routing.valid[..., None, None], jax.nn.softmax(prior), 0).sum(-3)  # [*R,G,P]
+    per_group = p.shape[-1]
+    p, load = (pooled(v, proto[..., 0]).reshape(-1, per_group) for v in (p.reshape(*p.shape[:-2], -1), served(routing)))
+    return per_group * jnp.mean(jnp.sum(p * load, -1) / jnp.maximum(jnp.sum(p, -1) * jnp.sum(load, -1), TINY))
+
+
 def sars(
     granularity: Granularity = "token",
     prior_sign: Literal["bayes", "reinforce"] = "reinforce",
     goodness_gate: bool = False,
     neuron_cost: Granularity = "module",
+    balance: float = 0.0,
 ) -> LearningRule:
     """The SARS learning rule.
 
     `prior_sign`: bayes subtracts goodness, as derived; reinforce adds it, so good modules gain. `goodness_gate`: a module's main
-    gradient is applied only where its mean goodness is positive. `neuron_cost`: see `goodness`.
+    gradient is applied only where its mean goodness is positive. `neuron_cost`: see `goodness`. `balance` weighs `imbalance`.
     """
     sign = -1.0 if prior_sign == "bayes" else 1.0
 
@@ -65,9 +81,11 @@ def sars(
         for name, routing in routings.items():
             good = goodness(routing, signals[name], granularity, neuron_cost)
             logits = _competing(logits_of(routers[name], routing), routing)
-            h = entropy(logits + sign * good)  # [*R,N,G]
-            losses.append(mean_over_tokens(h.mean(-1), routing))
+            prior = logits + sign * good
+            losses.append(mean_over_tokens(entropy(prior).mean(-1), routing))  # entropy [*R,N,G]
             shares.append(losses[-1] / jnp.log(max(routing.config.per_group, 2)))
+            if balance:
+                losses[-1] += balance * imbalance(prior, routing, routers[name].proto)
             good = jnp.broadcast_to(good, logits.shape)
             by_module = jnp.where(routing.valid[..., None], good.reshape(routing.logits.shape), 0)
             count = jnp.maximum(jnp.sum(routing.valid), 1)

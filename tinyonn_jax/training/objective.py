@@ -24,7 +24,7 @@ def make_rule(config: Config) -> LearningRule:
         case "backprop":
             return backprop(cfg.balance)
         case "sars":
-            return sars(cfg.granularity, cfg.prior_sign, cfg.goodness_gate, cfg.neuron_cost)
+            return sars(cfg.granularity, cfg.prior_sign, cfg.goodness_gate, cfg.neuron_cost, cfg.balance)
         case "msaps":
             return msaps(cfg.attract, cfg.regress, cfg.protect, cfg.temperature, cfg.l2, cfg.renew)
 
