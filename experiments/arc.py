@@ -13,10 +13,12 @@ from typing import Any  # noqa: E402
 from tinyonn_jax import cli, runs  # noqa: E402
 from tinyonn_jax.arc import submission  # noqa: E402
 from tinyonn_jax.config import ConfigError  # noqa: E402
-from tinyonn_jax.observe import axes, continual, grids, report  # noqa: E402
+from tinyonn_jax.observe.answers import answers  # noqa: E402
 from tinyonn_jax.observe.console import print_grids, table  # noqa: E402
 from tinyonn_jax.observe.metrics import percent  # noqa: E402
 from tinyonn_jax.training import assemble  # noqa: E402
+
+# What draws is imported where it is needed: matplotlib takes a second, which training need not wait for.
 
 
 def train(args: cli.Train) -> None:
@@ -25,6 +27,8 @@ def train(args: cli.Train) -> None:
 
 
 def learn_continually(args: cli.Continual) -> None:
+    from tinyonn_jax.observe import continual
+
     cli.set_up(args.compilation_cache)
     if not args.config.data.sequence:
         raise ConfigError(f"data.sequence must not be 0 for continual; preset {args.preset} mixes its tasks")
@@ -73,6 +77,8 @@ def evaluate(args: cli.Evaluate) -> None:
 
 
 def predict(args: cli.Predict) -> None:
+    from tinyonn_jax.observe import axes, grids
+
     cli.set_up(args.compilation_cache)
     run, checkpoint = _open(args)
     if bool(args.task) == (args.file is not None):
@@ -86,15 +92,19 @@ def predict(args: cli.Predict) -> None:
     for i, (question, answer) in enumerate(shown, 1):
         print_grids([(f"input {i}", question), (f"output {i}", answer)])
     for entry in entries:
-        print_grids([("test input", entry["input"]), ("truth", entry["truth"]), *grids.answers(entry)])
+        print_grids([("test input", entry["input"]), ("truth", entry["truth"]), *answers(entry)])
     print(axes.save(grids.task_figure(task.id, entries, shown), args.workdir / "figures" / f"task_{task.id}.png"))
 
 
 def write_report(args: cli.Report) -> None:
+    from tinyonn_jax.observe import report
+
     print(report.write_report(args.workdir))
 
 
 def compare(args: cli.Compare) -> None:
+    from tinyonn_jax.observe import report
+
     print(report.compare(args.workdirs, args.picture))
 
 

@@ -58,6 +58,19 @@ def signals() -> Iterator[Row]:
         yield Row(f"signals: step with signals and SARS ÷ plain step, E={e}", m["signals"] / m["plain"], 1.05)
 
 
+def presets() -> Iterator[Row]:
+    """The same at the size of every preset, in float32: as many tokens as a batch of it has, or 512."""
+    found: dict[ModelConfig, list[str]] = {}
+    for name, (_, config) in PRESETS.items():
+        found.setdefault(dataclasses.replace(config.model, dtype="float32"), []).append(name)
+    for model, names in found.items():
+        data, large = PRESETS[names[0]][1].data, model.dim > 512
+        length = min(max(data.buckets), 128)
+        batch = random_batch(min(data.tokens_per_batch, 512 if large else 2048) // length, length)
+        m = medians({"signals": whole_step(model, batch)[0], "plain": plain_step(model, batch)}, repeats=5 if large else 21)
+        yield Row(f"presets: step with signals and SARS ÷ plain step, {', '.join(names)}", m["signals"] / m["plain"], 1.03)
+
+
 def grouped() -> Iterator[Row]:
     """Dropless grouped experts against every expert on every token under a mask: forward and backward."""
     n, d, f = 2048, 256, 256
@@ -254,6 +267,7 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     for f in (
         noise,
         signals,
+        presets,
         grouped,
         capacity,
         library,

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Iterator
 
 import hypothesis
 import jax
@@ -9,7 +10,7 @@ import jaxlib
 import pytest
 
 # Programs in tests are compiled once and run for milliseconds, so XLA need not optimise them: compiling is what they wait for.
-QUICK = "--xla_backend_optimization_level=0"
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if jaxlib.__version__.startswith("0.10."):
     QUICK += " --xla_cpu_use_fusion_emitters=false"  # newer ones do not know it, and need it less
 
@@ -31,6 +32,13 @@ def pytest_configure(config: pytest.Config):
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """What a file's tests compiled goes with them: the programs of all tests together hold gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@ from matplotlib.image import AxesImage
 from matplotlib.text import Text
 
 from tests.observe import synthetic
-from tinyonn_jax.observe.grids import answers, gallery, judge, solved, task_figure
+from tinyonn_jax.observe.answers import answers, judge, solved
+from tinyonn_jax.observe.grids import gallery, task_figure
 
 A, B, WIDE = [[1, 2], [3, 4]], [[1, 2], [3, 5]], [[1, 2, 0], [3, 4, 0]]
 

@@ -45,7 +45,7 @@ def step(mesh_cfg: MeshConfig):
     return compiled(params, batch), compiled.as_text()
 
 
-@pytest.mark.parametrize("mesh", [ALL, SENDING, MeshConfig(1, 1, 8), MeshConfig(2, 1, 4)], ids=str)
+@pytest.mark.parametrize("mesh", [ALL, SENDING, MeshConfig(1, 1, 8)], ids=str)
 def test_every_gradient_and_signal_is_that_of_one_device(mesh):
     (want, _), (got, _) = step(MeshConfig(1)), step(mesh)
     grads, routings, *rest = got
@@ -127,22 +127,25 @@ def test_a_checkpoint_restores_on_any_mesh(written, mesh):
     assert split == (24 // mesh[2], 16 // mesh[1], 20)
 
 
-ELSEWHERE = """
+def goes_on(folder: Path, mesh: MeshConfig) -> list[float]:
+    program = assembled(mesh)
+    return go_on(program, restored(program, folder), STEPS)[1]
+
+
+SIXTEEN = """
 import sys, jax
-jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+jax.config.update("jax_num_cpu_devices", 16)
 from pathlib import Path
 from tests.training import test_parallel as t
-program = t.assembled(t.MeshConfig(*map(int, sys.argv[3:])))
-print("losses", *t.go_on(program, t.restored(program, Path(sys.argv[2])), t.STEPS)[1])
+print("losses", *t.goes_on(Path(sys.argv[1]), t.MeshConfig(2, 2, 4)))
 """
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 4)], ids=str)
-def test_a_run_goes_on_with_the_same_losses_elsewhere(written, mesh):
+def test_a_run_goes_on_with_the_same_losses_on_fewer_devices_and_on_more(written):
     folder, want = written
-    command = [sys.executable, "-c", ELSEWHERE, str(np.prod(mesh)), str(folder), *map(str, mesh)]
+    command = [sys.executable, "-c", SIXTEEN, str(folder)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    losses = [float(x) for x in done.stdout.split("losses")[1].split()]
-    assert len(losses) == STEPS // 2
-    np.testing.assert_allclose(losses, want, rtol=0, atol=1e-5)
+    for losses in (goes_on(folder, MeshConfig(1)), [float(x) for x in done.stdout.split("losses")[1].split()]):
+        assert len(losses) == STEPS // 2
+        np.testing.assert_allclose(losses, want, rtol=0, atol=1e-5)

@@ -47,9 +47,9 @@ def start_two(folder: Path, command: tuple[str, ...], port: int) -> list[subproc
     return [start(folder, command, "--distributed", **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]
 
 
-def train_two(folder: Path, port: int, step: int, *flags: str) -> list[subprocess.Popen[str]]:
+def train_two(folder: Path, port: int, step: int) -> list[subprocess.Popen[str]]:
     """Two processes that train together, once they have reached a step."""
-    pair = start_two(folder, (*TRAIN, *flags), port)
+    pair = start_two(folder, TRAIN, port)
     while max(losses(folder), default=0) < step and all(p.poll() is None for p in pair):
         time.sleep(0.05)
     return pair
@@ -64,7 +64,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_killed_process_ends_the_other_soon_and_with_a_clear_line(tmp_path, unused_port):
-    pair = train_two(tmp_path, unused_port, 5, "--train.steps", "5000")
+    pair = train_two(tmp_path, unused_port, 1)
     pair[1].kill()
     killed = time.monotonic()
     pair[1].communicate()

@@ -18,7 +18,7 @@ from rich.style import Style
 from rich.table import Column, Table
 from rich.text import Text
 
-from tinyonn_jax.observe.grids import ARC_COLOURS, Grid
+from tinyonn_jax.observe.answers import ARC_COLOURS, Grid
 from tinyonn_jax.observe.metrics import count, duration, percent
 
 FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (

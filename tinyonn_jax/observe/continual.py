@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from tinyonn_jax.arc.continual import MEASURES, measures
 from tinyonn_jax.config import ConfigError
@@ -39,7 +39,7 @@ def matrix(folder: Path, what: str = "stage_acc") -> Float[np.ndarray, "S+1 S"]:
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The mean, and half the width of its 95 % interval by Student's t over seeds (NaN for a single one)."""
     n = len(values)
-    half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+    half = float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
     return float(np.mean(values)), half
 
 

@@ -18,9 +18,9 @@ from rich.console import Console
 
 from tinyonn_jax.config import Config, ConfigError, from_json
 from tinyonn_jax.observe import console as terminal
+from tinyonn_jax.observe.answers import ARC_COLOURS, MARK, Entry, Grid, answers, judge, solved
 from tinyonn_jax.observe.axes import save
 from tinyonn_jax.observe.figures import compare_figure, write_dashboards
-from tinyonn_jax.observe.grids import ARC_COLOURS, MARK, Entry, Grid, answers, judge, solved
 from tinyonn_jax.observe.metrics import Row, column, count, duration, latest, percent, training_seconds
 from tinyonn_jax.observe.writers import read_metrics, write_atomically
 from tinyonn_jax.presets import PRESETS
