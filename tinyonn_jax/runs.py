@@ -6,7 +6,6 @@ a folder that has the last has all.
 
 import contextlib
 import difflib
-import fcntl
 import importlib.metadata
 import io
 import json
@@ -143,10 +142,12 @@ def _alone(folder: Path) -> Iterator[None]:
     """Keeps others from training into a folder; the system lets go of it, however this process ends."""
     with open(folder / LOCK, "w") as file:
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{folder}: another process trains into it; wait for it or stop it, or change --workdir") from None
-        except OSError:  # a file system without locks
+        except (ImportError, OSError):  # Windows, or a file system without locks
             pass
         yield
 

@@ -315,8 +315,9 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th{text-align:left;font-weight:600;color:var(--muted);font-size:13px}
 th,td{padding:6px 14px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}tbody tr:last-child td{border-bottom:0}
 td small{display:block;color:var(--muted);white-space:nowrap}abbr{text-decoration:none}
-.scores td+td b{font-size:20px}.scores td,.scores th{min-width:112px}
-.numbers td+td,.numbers th+th{text-align:right}.numbers{max-width:560px}
+.scores td+td b{font-size:20px;white-space:nowrap}.scores td,.scores th{min-width:112px}
+.numbers td+td,.numbers th+th{text-align:right;white-space:nowrap}.numbers{max-width:560px}
+.numbers td:first-child{overflow-wrap:anywhere}
 .config{font-size:13px}.config td,.config th{padding:3px 10px 3px 0}.config td:first-child{color:var(--muted);width:45%}
 .config th{color:var(--ink);font-size:14px}.config td{overflow-wrap:anywhere}
 .sections{columns:3 260px;column-gap:36px}.sections>div{break-inside:avoid;margin:0 0 18px}
