@@ -64,8 +64,10 @@ def assemble(config: Config, mesh: Mesh, tasks: int, example: Batch) -> Program:
     loss_fn = placed(config, mesh, config.mesh.capacity)(make_loss(config, rule))
     spec = transformer.spec(config.model, tasks)
     tx = make_optimizer(config.optim, config.train.steps, frozen_routers=config.learning.rule == "none")
-    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), spec, is_leaf=base.is_param)
-    routings = jax.eval_shape(loss_fn, shapes, None, example)[1].routings
+    everywhere = NamedSharding(mesh, PartitionSpec())  # on the mesh, as in the step, which then need not trace the loss once more
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=everywhere), spec, is_leaf=base.is_param)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), example)
+    routings = jax.eval_shape(loss_fn, shapes, None, batch)[1].routings
 
     def make() -> TrainState:
         key = jax.random.key(config.train.seed)
