@@ -50,15 +50,20 @@ def goodness(
     return stop_gradient(jnp.where(used, drln(importance) * (drln(belief) - drln(cost)), 0.0))
 
 
+def _totals(values: Float[Array, "*R N G P"], routing: Routing, proto: Float[Array, "*L M D"]) -> Float[Array, "*L M"]:
+    """Sums over valid tokens, and over the recursions that share one router."""
+    total = jnp.where(routing.valid[..., None, None], values, 0).sum(-3)
+    return pooled(total.reshape(*total.shape[:-2], -1), proto[..., 0])
+
+
 def imbalance(prior: Float[Array, "*R N G P"], routing: Routing, proto: Float[Array, "*L M D"]) -> Float[Array, ""]:
     """P Σ_m load_m p_m, a mean over groups; load: m's share of the slots in use, p: of the mean softmax(prior). 1 when even.
 
     Both are taken over the batch and the recursions that share a router; load has no gradient. Source: Switch Transformers
     (arXiv 2101.03961), eq. 4-6.
     """
-    p = jnp.where(routing.valid[..., None, None], jax.nn.softmax(prior), 0).sum(-3)  # [*R,G,P]
-    per_group = p.shape[-1]
-    p, load = (pooled(v, proto[..., 0]).reshape(-1, per_group) for v in (p.reshape(*p.shape[:-2], -1), served(routing)))
+    per_group, load = prior.shape[-1], pooled(served(routing), proto[..., 0])
+    p, load = (v.reshape(-1, per_group) for v in (_totals(jax.nn.softmax(prior), routing, proto), load))
     return per_group * jnp.mean(jnp.sum(p * load, -1) / jnp.maximum(jnp.sum(p, -1) * jnp.sum(load, -1), TINY))
 
 
@@ -107,11 +112,8 @@ def sars(
             return grads
         for name, layer in layers(grads).items():
             good = goodness(routings[name], signals[name], granularity, neuron_cost)
-            mean = jnp.where(routings[name].valid[..., None, None], good, 0).sum(-3)  # [*R,G,P]
-            mean = mean.reshape(*mean.shape[:-2], -1)
-            if part(layer, "router").proto.ndim == 2:  # one router for all recursions
-                mean = mean.reshape(-1, mean.shape[-1]).sum(0)
-            grads = replace_layer(grads, f"{name}.modules".lstrip("."), gate(part(layer, "modules"), mean > 0))
+            total = _totals(good, routings[name], part(layer, "router").proto)
+            grads = replace_layer(grads, f"{name}.modules".lstrip("."), gate(part(layer, "modules"), total > 0))
         return grads
 
     return LearningRule(initial, objective, adjust, record)
