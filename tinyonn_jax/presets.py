@@ -43,10 +43,10 @@ PRESETS: dict[str, tuple[str, Config]] = {
         ),
     ),
     "demo": (
-        "the 30 smallest ARC-AGI-1 training tasks; about five minutes on two CPU cores, routed kinds longer",
+        "the 30 smallest ARC-AGI-1 training tasks; about five minutes on two CPU cores, dense half of that",
         Config(
             data=DataConfig(smallest=30, buckets=(24, 32, 48, 64), tokens_per_batch=1024),
-            train=TrainConfig(steps=2500, validate_every=500),
+            train=TrainConfig(steps=1300, validate_every=500),
         ),
     ),
     "continual": (

@@ -1,6 +1,8 @@
 """Routed layers on eight simulated devices: the numbers of one device, and what is sent between devices."""
 
+from dataclasses import replace
 from functools import cache
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +61,24 @@ def sending(*shape: int) -> MeshConfig:
     return MeshConfig(*shape, dispatch="all-to-all")
 
 
+def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """What `jax.lax.ragged_all_to_all` is documented to do, which CPUs have not: by gathering everything."""
+    assert operand.shape[1:] == output.shape[1:] and operand.dtype == output.dtype
+    rows, begin, size, into = jax.lax.all_gather((operand, input_offsets, send_sizes, output_offsets), axis_name)
+    me, at = jax.lax.axis_index(axis_name), jnp.arange(output.shape[0])
+    for sender in range(rows.shape[0]):
+        nth = at - into[sender, me]
+        received = rows[sender][begin[sender, me] + nth]
+        output = jnp.where(((nth >= 0) & (nth < size[sender, me])).reshape(-1, *(1,) * (output.ndim - 1)), received, output)
+    agreed = jnp.all(recv_sizes == size[:, me]) & jnp.all(into[:, me] + size[:, me] <= output.shape[0])
+    return jnp.where(agreed, output, -(10**6))
+
+
+RAGGED = mock.patch.object(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+
+
 @cache
-def program(layer: str, cfg: MeshConfig, split: bool = True):
+def program(layer: str, cfg: MeshConfig, split: bool = True, ragged: bool = False):
     """Output and every gradient of a layer, the taps' too, as a function, and its arguments where they lie on the mesh."""
     f, spec, _ = LAYERS[layer]
     mesh = sharding.make_mesh(cfg)
@@ -70,7 +88,8 @@ def program(layer: str, cfg: MeshConfig, split: bool = True):
             y = f(w, x, r.replace(weight=weight), t)
             return jnp.sum(jnp.tanh(y) * TARGET), y
 
-        with over(sharding.layout(mesh) if split else None):
+        layout = sharding.layout(mesh) if split else None
+        with RAGGED, over(layout and replace(layout, ragged=ragged)):
             (_, y), grads = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(w, x, r.weight, t)
         return y, grads
 
@@ -79,17 +98,19 @@ def program(layer: str, cfg: MeshConfig, split: bool = True):
 
 
 @pytest.mark.parametrize(
-    ("layer", "mesh"),
+    ("layer", "mesh", "ragged"),
     [
-        *((layer, mesh) for layer in LAYERS for mesh in (MeshConfig(2, 2, 2), MeshConfig(1, 1, 8), sending(2, 2, 2))),
-        ("mlps", sending(1, 1, 8)),
-        ("mlps", MeshConfig(2, 1, 4)),
-        ("mlps", MeshConfig(1, 8, 1)),
+        *((layer, mesh, False) for layer in LAYERS for mesh in (MeshConfig(2, 2, 2), MeshConfig(1, 1, 8), sending(2, 2, 2))),
+        ("mlps", sending(1, 1, 8), False),
+        ("mlps", sending(1, 1, 8), True),
+        ("mlps", sending(2, 2, 2), True),
+        ("mlps", MeshConfig(2, 1, 4), False),
+        ("mlps", MeshConfig(1, 8, 1), False),
     ],
     ids=str,
 )
-def test_output_gradients_and_taps_are_those_of_one_device(layer, mesh):
-    (one, at_one), (many, at_many) = program(layer, MeshConfig(1)), program(layer, mesh)
+def test_output_gradients_and_taps_are_those_of_one_device(layer, mesh, ragged):
+    (one, at_one), (many, at_many) = program(layer, MeshConfig(1)), program(layer, mesh, ragged=ragged)
     for name, r in LAYERS[layer][2].items():
         want, got = one(*at_one(r)), many(*at_many(r))
         for (path, expected), found in zip(jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(got), strict=True):
@@ -135,20 +156,25 @@ USED = [[True], [True], [True], [True], [True], [False], [True], [True]]
 LATE = [[False], [False], [True], [False], [False], [False], [False], [True]]
 
 
-def test_what_finds_no_room_is_dropped_and_counted():
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
+def test_what_finds_no_room_is_dropped_and_counted(ragged):
     w = make(tuple(Param((2, *p.shape[1:]), p.axes, zeros) for p in MLPS))
     x, r = X[:8], hand_made(CROWD, np.ones((8, 1)), USED, 2, D)
     layout = sharding.layout(sharding.make_mesh(sending(1, 1, 2)), capacity=1.0)
+    assert layout is not None
 
     def loss(w, x, weight, t, limit):
-        with over(layout if limit else None):
+        with over(replace(layout, ragged=ragged) if limit else None):
             active = r.active if limit else r.active & ~np.array(LATE)
             fitted = parallel.fit(r.replace(weight=jnp.where(active, weight, 0), active=active))
             y = experts.routed_mlp(experts.Mlp(*w), x, fitted, True, t)
         return jnp.sum(jnp.sin(y)), (y, fitted.dropped)
 
     both = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True), static_argnums=4)
-    ((_, (y, dropped)), got), ((_, (want, none)), grads) = (both(w, x, r.weight, tap.zeros(r), limit) for limit in (True, False))
+    with RAGGED:
+        ((_, (y, dropped)), got), ((_, (want, none)), grads) = (
+            both(w, x, r.weight, tap.zeros(r), limit) for limit in (True, False)
+        )
     np.testing.assert_array_equal(dropped, LATE)
     assert none is None
     lost = np.ravel(LATE)
@@ -175,3 +201,19 @@ def test_tokens_are_sent_and_nothing_is_added_up_over_modules():
     assert [c.kind for c in wide] == ["all-to-all"] * 4
     room = N // 8 * 2  # for all pairs of a device, as no capacity is set
     assert {c.payload for c in wide} == {8 * room * D * 4}
+
+
+def test_on_a_tpu_only_what_goes_is_sent():
+    """Lowered for TPUs, not run: rows and their outputs go raggedly, and in the backward pass their gradients; so do the numbers
+    of their modules. All at once go only the sizes of queues."""
+    layout = sharding.layout(sharding.make_mesh(sending(1, 1, 8)))
+    assert layout is not None and not layout.ragged  # there is no such operation on CPUs
+    r = LAYERS["mlps"][2]["all in use"]
+    with over(replace(layout, ragged=True)):
+        both = jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.sin(mlps(w, x, r, None))), (0, 1)))
+        text = both.trace(make(MLPS), X).lower(lowering_platforms=("tpu",)).as_text()
+    sent = [line for line in text.splitlines() if "@ragged_all_to_all" in line]
+    assert sorted(f"x{D}xf32" in line for line in sent) == [False] + 4 * [True]
+    assert "stablehlo.all_to_all" in text and f"x{D}xf32" not in "".join(
+        line for line in text.splitlines() if "stablehlo.all_to_all" in line
+    )

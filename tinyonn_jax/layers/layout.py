@@ -23,12 +23,13 @@ class Layout:
     """A mesh, and `split(axes, shape)`: how an array with these logical axes lies on it.
 
     Where tokens are split over the axis of the modules, they are sent to them; `capacity` is how many may go from one device to
-    another, as a multiple of an even share (inf: all of them).
+    another, as a multiple of an even share (inf: all of them); `ragged`: whether only those that go travel, or all that may.
     """
 
     mesh: Mesh
     split: Callable[[Axes, tuple[int, ...]], PartitionSpec]
     capacity: float = math.inf
+    ragged: bool = False
 
     def tokens(self, count: int) -> PartitionSpec | None:
         """How arrays whose leading axis is this many tokens lie; None if they do not divide by the devices."""

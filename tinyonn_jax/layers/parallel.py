@@ -5,8 +5,8 @@ its arrays, `f(w, x, routing, tap)`, and runs under `shard_map`: tokens are spli
 device takes the slots of its own modules, and the shares of all are summed. Without a layout f is called as it is.
 
 Where tokens are split over the modules' own axis too, one of the two must travel. Tokens do where a layer says so: each slot's
-token is sent to the device of its module, and what that makes of it is sent back (all-to-all; Lepikhin et al., 2020). Otherwise
-the modules do: every device puts all of them together.
+token is sent to the device of its module, and what that makes of it is sent back (all-to-all; Lepikhin et al., 2020), by a ragged
+all-to-all where the layout says that there is one. Otherwise the modules do: every device puts all of them together.
 
 Letters: N tokens, K slots, P = N·K pairs, I inputs, O outputs, M modules, S shards of the modules, C room from one to another.
 """
@@ -14,7 +14,6 @@ Letters: N tokens, K slots, P = N·K pairs, I inputs, O outputs, M modules, S sh
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from tinyonn_jax.layers import grouped
+from tinyonn_jax.layers import exchange
 from tinyonn_jax.layers import tap as taps
 from tinyonn_jax.layers.layout import Axes, Layout, current
 from tinyonn_jax.layers.routing import Routing, given, part
@@ -127,7 +126,7 @@ def fit(routing: Routing) -> Routing:
 
     def late(index, active):
         shards = jax.lax.axis_size(over_modules)
-        plan, _, rank = _queues(index, active, modules // shards, shards)
+        plan, _, rank = exchange.queues(index, active, modules // shards, shards)
         return active & (rank >= _room(plan.order.size, shards, layout)).reshape(active.shape)
 
     late = jax.shard_map(late, mesh=layout.mesh, in_specs=tokens, out_specs=tokens, check_vma=False)
@@ -139,36 +138,21 @@ def _room(pairs: int, shards: int, layout: Layout) -> int:
     return math.ceil(min(pairs, layout.capacity * pairs / shards))
 
 
-def _queues(index: Array, active: Array, own: int, shards: int) -> tuple[grouped.Plan, Array, Array]:
-    """The pairs sorted by the shard of their module, where each shard's begin `[S]`, and each pair's rank among them `[P]`."""
-    to = jnp.where(active, index // own, 0)
-    plan = grouped.plan(to, active, shards)
-    start = jnp.cumsum(plan.sizes) - plan.sizes
-    return plan, start, plan.inverse - jnp.sum(jnp.where(to.reshape(-1, 1) == jnp.arange(shards), start, 0), -1)
-
-
 def _sent(
     f: Layer, w: list[Array], x: Array, routing: Routing, tap: taps.Tap | None, name: Any, own: int, layout: Layout
 ) -> Array:
     """f on this device's tokens, each pair computed where its module is."""
     assert routing.dropped is not None
-    (n, slots), shards = routing.weight.shape, jax.lax.axis_size(name)
+    n, slots = routing.weight.shape
     kept, index = routing.active & ~routing.dropped, routing.slots
-    room = _room(n * slots, shards, layout)
-    plan, start, rank = _queues(index, kept, own, shards)
+    room = _room(n * slots, jax.lax.axis_size(name), layout)
+    route = exchange.route(index, kept, own, room, name, layout.ragged)
 
-    at = start[:, None] + jnp.arange(room)  # [S,C], sorted rows
-    filled = jnp.arange(room) < plan.sizes[:, None]
-    source = jnp.where(filled, plan.order[jnp.minimum(at, n * slots - 1)], -1).reshape(-1)  # the pair in each place to send
-    place = jnp.where(kept.reshape(-1), (index // own).reshape(-1) * room + rank, -1)  # and the place of each pair
-    swap = partial(jax.lax.all_to_all, axis_name=name, split_axis=0, concat_axis=0, tiled=True)
-
-    module = swap(jnp.where(source >= 0, index.reshape(-1)[jnp.maximum(source, 0)] % own, -1))[:, None]
+    module = exchange.forth(index.reshape(-1, 1) % own + 1, route) - 1  # -1: nobody came
     there = given(jnp.maximum(module, 0), module >= 0, own)
     rows_tap = None
     if tap is not None and tap.param is not None:
-        param = swap(grouped.move(tap.param.reshape(-1, 1), source, place))  # its gradient comes back the same way
+        param = exchange.forth(tap.param.reshape(-1, 1), route)
         rows_tap = taps.Tap(jnp.zeros_like(param), jnp.zeros_like(param), param, tap.module)
-    rows = swap(grouped.move(jnp.repeat(x, slots, 0), source, place))
-    outputs = grouped.move(swap(f(w, rows, there, rows_tap)), place, source).reshape(n, slots, -1)
-    return taps.combine(outputs, jnp.where(kept, routing.weight, 0), tap)
+    outputs = exchange.back(f(w, exchange.forth(jnp.repeat(x, slots, 0), route), there, rows_tap), route)
+    return taps.combine(outputs.reshape(n, slots, -1), jnp.where(kept, routing.weight, 0), tap)

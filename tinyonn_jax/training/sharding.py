@@ -97,8 +97,13 @@ def feeding(mesh: Mesh) -> tuple[int, int]:
 
 
 def layout(mesh: Mesh, capacity: float = math.inf) -> Layout | None:
-    """How routed layers run over the mesh; None on one device. `capacity` as in `Layout`."""
-    return Layout(mesh, partial(partition, mesh), capacity) if mesh.size > 1 else None
+    """How routed layers run over the mesh; None on one device. `capacity` as in `Layout`.
+
+    Only TPUs send raggedly: XLA has no such operation for CPUs, and on GPUs its gradients came out wrong (jaxlib 0.11,
+    marin-community/marin 8077), more than 32 of them failed (openxla/xla 47283), and those of one host were slow (33386).
+    """
+    ragged = mesh.devices.flat[0].platform == "tpu"
+    return Layout(mesh, partial(partition, mesh), capacity, ragged) if mesh.size > 1 else None
 
 
 def partition(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
