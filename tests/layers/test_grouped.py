@@ -158,15 +158,16 @@ def test_the_platform_has_a_kernel_unless_one_is_chosen():
 make_plan = jax.jit(grouped.plan, static_argnums=2)
 
 
+@pytest.mark.parametrize("modules", [5, grouped.COUNTED + 1], ids=["counted", "compared"])
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1))
-def test_plan_is_a_stable_sort_with_idle_pairs_last(seed, share):
+def test_plan_is_a_stable_sort_with_idle_pairs_last(modules, seed, share):
     rng = np.random.default_rng(seed)
-    index, active = rng.integers(0, 5, (9, 2)).astype(np.int32), rng.random((9, 2)) < share
-    p = make_plan(index, active, 5)
-    key = np.where(active, index, 5).reshape(-1)
+    index, active = rng.integers(0, modules, (9, 2)).astype(np.int32), rng.random((9, 2)) < share
+    p = make_plan(index, active, modules)
+    key = np.where(active, index, modules).reshape(-1)
     np.testing.assert_array_equal(p.order, np.argsort(key, kind="stable"))
     np.testing.assert_array_equal(np.asarray(p.order)[np.asarray(p.inverse)], np.arange(18))
-    np.testing.assert_array_equal(p.sizes, [np.sum(key == m) for m in range(5)])
+    np.testing.assert_array_equal(p.sizes, [np.sum(key == m) for m in range(modules)])
 
 
 def test_dispatch_and_permute_move_rows_there_and_gradients_back():

@@ -24,6 +24,9 @@ from tinyonn_jax.layers.kernels import Choice, Kernel
 PLATFORMS: dict[str, Kernel] = {"cpu": "loop", "cuda": "padded", "rocm": "padded", "default": "ragged"}
 """The kernel of each platform; `default` for all others. For GPUs XLA makes of `lax.ragged_dot` every module on every row."""
 
+COUNTED = 64
+"""Up to so many modules pairs are sorted by counting; on a CPU that costs as much as comparing at about a hundred."""
+
 _choice: ContextVar[Choice] = ContextVar("grouped", default="auto")
 
 
@@ -61,15 +64,18 @@ class Tap:
 
 
 def plan(index: Int[Array, "N K"], active: Bool[Array, "N K"], modules: int) -> Plan:
-    """Sorts the pairs by module, stably, idle ones last. A counting sort: modules are few, so ranks are a running count."""
+    """Sorts the pairs by module, stably, idle ones last: by counting where modules are few, for that takes P·M steps."""
     key = jnp.where(active, index, modules).reshape(-1)
-    hit = (key[:, None] == jnp.arange(modules + 1)).astype(jnp.int32)  # [P,M+1]
-    count = jnp.cumsum(hit, 0)
-    sizes = count[-1]
-    start = jnp.cumsum(sizes) - sizes
-    inverse = jnp.sum(hit * (start + count - 1), -1)
-    order = jnp.zeros_like(inverse).at[inverse].set(jnp.arange(key.size, dtype=inverse.dtype), unique_indices=True)
-    return Plan(order, inverse, sizes[:modules])
+    row = jnp.arange(key.size, dtype=jnp.int32)
+    if modules <= COUNTED:
+        hit = (key[:, None] == jnp.arange(modules + 1)).astype(jnp.int32)  # [P,M+1]
+        count = jnp.cumsum(hit, 0)
+        sizes = count[-1]
+        inverse = jnp.sum(hit * (jnp.cumsum(sizes) - sizes + count - 1), -1)
+        return Plan(jnp.zeros_like(row).at[inverse].set(row, unique_indices=True), inverse, sizes[:modules])
+    order = jnp.argsort(key, stable=True).astype(jnp.int32)
+    end = jnp.searchsorted(key[order], jnp.arange(modules), side="right").astype(jnp.int32)
+    return Plan(order, jnp.zeros_like(row).at[order].set(row, unique_indices=True), jnp.diff(end, prepend=0))
 
 
 @jax.custom_vjp
