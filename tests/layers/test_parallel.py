@@ -103,7 +103,6 @@ def program(layer: str, cfg: MeshConfig, split: bool = True, ragged: bool = Fals
         *((layer, mesh, False) for layer in LAYERS for mesh in (MeshConfig(2, 2, 2), MeshConfig(1, 1, 8), sending(2, 2, 2))),
         ("mlps", sending(1, 1, 8), False),
         ("mlps", sending(1, 1, 8), True),
-        ("mlps", sending(2, 2, 2), True),
         ("mlps", MeshConfig(2, 1, 4), False),
         ("mlps", MeshConfig(1, 8, 1), False),
     ],
