@@ -163,7 +163,7 @@ def parse(command: str, args: Sequence[str]) -> Any:
     elif kind in (Evaluate, Predict):
         defaults = {"eval": (stored or Config()).eval, "mesh": MeshConfig()}
     required = {name: missing for name in ("workdir", "workdirs") if name in kind.__dataclass_fields__}
-    return _parse(kind, args, kind(**required, **defaults), f"arc.py {command}")
+    return _parse(kind, args, kind(**required, **defaults), f"python experiments/arc.py {command}")
 
 
 def _parse(kind: type[A], args: Sequence[str], default: A, program: str) -> A:

@@ -29,8 +29,7 @@ class ModelConfig:
     """The network: what is computed."""
 
     kind: Kind = "dyntrm"
-    """dense: multi-head attention and an MLP; dyntrm: routed heads (DynSIHA+) and routed experts (DynMoE); dfc, dfc_hard: routed
-    neurons (DynSIHA and MoIE), weighed by their logits or switched on and off."""
+    """dense: nothing is routed; dyntrm: attention heads and experts; dfc: neurons, weighed by logits; dfc_hard: on or off."""
     dim: int = 128
     """Model width D, in channels."""
     heads: int = 4
@@ -56,8 +55,7 @@ class ModelConfig:
     match: Literal["cosine", "dot"] = "cosine"
     """How tokens are matched with prototypes: cosine similarity, or dot product over the square root of D."""
     cost: Literal["auto", "bias", "bias_drln", "linear", "threshold"] = "auto"
-    """A module's price, taken off the match: a bias, a normalised bias, a regression on the token, or a sigmoid; auto is
-    linear for dfc and bias otherwise."""
+    """Taken off the match: a bias, a normalised bias, linear in the token, a sigmoid; auto: linear for dfc, else bias."""
     select: Literal["top_k", "relu", "hard", "threshold"] = "top_k"
     """Which modules a token uses: the k best, or those whose logit is above zero (dfc always relu, dfc_hard always hard)."""
     weight: Literal["softmax", "relu", "hard"] = "softmax"
@@ -108,7 +106,8 @@ class ModelConfig:
             )
             _require(
                 self.active_experts <= self.experts,
-                f"model.active_experts ({self.active_experts}) must not exceed model.experts ({self.experts})",
+                f"model.active_experts ({self.active_experts}) must not exceed model.experts ({self.experts}); lower it, or "
+                "raise --model.experts",
             )
 
     @property
@@ -223,8 +222,7 @@ class DataConfig:
     tokens_per_batch: int = 2048
     """Padded tokens in one batch; must be at least the longest bucket."""
     sequence: int = 0
-    """Deal the tasks to this many stages and learn one after another, train.steps / data.sequence steps each, with no replay;
-    0 mixes them all."""
+    """Stages that tasks are dealt to and learned in one after another, train.steps / data.sequence steps each; 0 mixes all."""
     drop_overlap: bool = False
     """Leave out training tasks and pairs that are also scored, instead of refusing to start."""
     skip_invalid: bool = False
@@ -304,17 +302,13 @@ class MeshConfig:
     fsdp: int = 1
     """Devices along which batch and parameters are split."""
     expert: int = 1
-    """Devices along which routed experts and latent heads are split (dyntrm); must divide --model.experts and
-    --model.latent-heads."""
+    """Devices that share the experts and latent heads (dyntrm); must divide --model.experts and --model.latent-heads."""
     grouped: Choice = "auto"
-    """Kernel of routed experts and heads (dyntrm): the platform's own (auto), a loop over blocks, lax.ragged_dot, a Pallas kernel
-    for NVIDIA GPUs, padded blocks, every module on every row, or that of the package tokamax."""
+    """Kernel of routed modules; auto: the platform's; loop: over blocks; ragged: lax.ragged_dot; dense: all on every row."""
     dispatch: Dispatch = "replicate"
-    """What devices along mesh.expert do with tokens. replicate: all have the same ones and add up what their own modules make of
-    them; all-to-all: each has its own and sends them to the devices of the experts they use (latent heads come to the tokens)."""
+    """Along mesh.expert, replicate: devices have the same tokens; all-to-all: each has its own and sends them to the experts."""
     capacity: float = 2.0
-    """all-to-all: room for tokens from one device to another while training, as a multiple of an even share. Those beyond it go
-    without the expert and are counted (metric `dropped`)."""
+    """all-to-all: most tokens from one device to another in training, in even shares; those beyond are dropped, and counted."""
 
     def __post_init__(self):
         _require(

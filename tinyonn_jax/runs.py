@@ -100,7 +100,8 @@ def open_run(folder: Path) -> Run:
 
 
 def begin(folder: Path, config: Config, preset: str, command: str = "") -> Run:
-    """The run in a folder, begun there if it is not yet; `config.mesh` and `config.eval` may change from one start to the next.
+    """The run in a folder, begun there if it is not yet; `config.mesh` and `config.eval` may change from one start to the next,
+    and everything as long as nothing has been saved.
 
     `preset` and `command` are noted, for the record.
 
@@ -109,19 +110,23 @@ def begin(folder: Path, config: Config, preset: str, command: str = "") -> Run:
         DataError: the tasks cannot be used.
     """
     folder, before = Path(folder), stored_config(folder)
-    if before is not None:
-        changed = differences(before, config)
-        if changed:
-            listed = "; ".join(changed)
-            raise ConfigError(f"{folder / CONFIG} differs from this command: {listed}; repeat the first, or change --workdir")
+    changed = [] if before is None else differences(before, config)
+    if before is not None and not changed:
         return replace(open_run(folder), config=config)
+    if changed and any((folder / CHECKPOINTS).glob("*")):
+        began = f"preset {stored_preset(folder)}, not {preset}; " if stored_preset(folder) not in (preset, None) else ""
+        raise ConfigError(
+            f"{folder / CONFIG} differs from this command: {began}{'; '.join(changed)}; what a run began with stays: leave these "
+            "out to go on with it, or begin another one with --workdir"
+        )
     sets = load_task_sets(config.data)
-    if jax.process_index() == 0:
+    with _alone(folder):
         origin = {"preset": preset, "command": command, "tinyonn_jax": __version__, "python": platform.python_version()}
         origin |= {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
-        write_atomically(folder / ORIGIN, json.dumps(origin, indent=2) + "\n")
-        write_atomically(folder / TASKS, tasks_to_json(sets))
-        write_atomically(folder / CONFIG, to_json(config))
+        if jax.process_index() == 0:
+            write_atomically(folder / ORIGIN, json.dumps(origin, indent=2) + "\n")
+            write_atomically(folder / TASKS, tasks_to_json(sets))
+            write_atomically(folder / CONFIG, to_json(config))
     return Run(folder, config, sets)
 
 
@@ -133,13 +138,17 @@ def train(run: Run, started: float | None = None) -> None:
         ConfigError: the devices do not fit the mesh, or another run trains into the folder.
         DataError: no sequence fits.
     """
-    with _alone(run.folder) if jax.process_index() == 0 else contextlib.nullcontext():
+    with _alone(run.folder):
         _train(run, started)
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keeps others from training into a folder; the system lets go of it, however this process ends."""
+    """Keeps others from training into a folder; the system lets go of it, however this process, the first of its run, ends."""
+    if jax.process_index() > 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as file:
         try:
             import fcntl
@@ -173,6 +182,7 @@ def _train(run: Run, started: float | None) -> None:
     if config.model.kind == "dyntrm":
         platform = mesh.devices.flat[0].platform
         say(f"grouped matmul: {grouped.title(config.mesh.grouped, platform)} ({platform})")
+    say("the first step of each length is compiled: up to half a minute each, or a second or two from the compilation cache")
 
     meet("start")  # the first collective follows, and gives up on those who are late (Gloo: after half a minute)
     with Checkpoints(folder / CHECKPOINTS, config.train.keep, json.loads(to_json(config)), say) as checkpoints:

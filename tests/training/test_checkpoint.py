@@ -99,7 +99,7 @@ def test_parameters_alone(tmp_path):
     params, step = restore_params(tmp_path, make().params, "params", 1)
     assert step == 1
     chex.assert_trees_all_equal(params, make(1).params)
-    with pytest.raises(CheckpointError, match="no checkpoint of step 9; there are 1, 2"):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 9; saved steps: 1, 2"):
         restore_params(tmp_path, make().params, step=9)
     with pytest.raises(CheckpointError, match="train first"):
         restore_params(tmp_path / "none", make().params)

@@ -136,7 +136,16 @@ def test_a_command_that_differs_is_refused_with_the_fields(copy, monkeypatch, ca
     (line,) = err.splitlines()
     assert "model.experts: 3 -> 4; optim.lr: 0.003 -> 0.1" in line and str(copy) in line and not out
     assert here(monkeypatch, "train", "--preset", "demo", "--workdir", copy) == 2
-    assert "model.dim: 32 -> 128" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "model.dim: 32 -> 128" in line and "preset smoke, not demo" in line
+
+
+def test_what_failed_before_anything_was_saved_may_be_started_otherwise(tmp_path, monkeypatch, capsys):
+    for experts in (5, 10):
+        args = ("--model.experts", str(experts), "--mesh.expert", "5", "--model.latent-heads", "10", "--model.heads", "5")
+        assert here(monkeypatch, "train", "--preset", "smoke", "--workdir", tmp_path, *args) == 2
+        assert "must divide the number of devices, which is 8" in capsys.readouterr().err
+        assert from_json((tmp_path / "config.json").read_text()).model.experts == experts
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
@@ -278,7 +287,7 @@ def test_a_mistake_is_one_line_and_exit_2(args, says, tmp_path, monkeypatch, cap
 def test_mistakes_about_a_run_that_is_there(copy, monkeypatch, capsys):
     (copy / "own.json").write_text("{}")
     for args, says in (
-        (["evaluate", "--checkpoint", "7"], "no checkpoint of step 7; there are"),
+        (["evaluate", "--checkpoint", "7"], "no checkpoint of step 7; saved steps:"),
         (["evaluate", "--checkpoint", "newest"], "latest, best or a step"),
         (["predict", "--task", "nothing"], "is not in"),
         (["predict", "--file", copy / "own.json"], "--data.format context"),

@@ -162,7 +162,7 @@ def restore_params(
     if not there:
         raise CheckpointError(f"{folder}: no checkpoint yet; train first")
     if isinstance(step, int) and step not in there:
-        raise CheckpointError(f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, there))}")
+        raise CheckpointError(f"{folder}: no checkpoint of step {step}; saved steps: {', '.join(map(str, there))}")
     good, _ = _undamaged(folder, say)
     if step == "best":
         ranks = {s: _rank(json.loads((folder / str(s) / "metrics" / "metrics").read_text())) for s in good}
@@ -172,7 +172,7 @@ def restore_params(
     elif step == "latest":
         step = good[-1]
     elif step not in good:
-        raise CheckpointError(f"{folder}: the checkpoint of step {step} is damaged; there are {', '.join(map(str, good))}")
+        raise CheckpointError(f"{folder}: the checkpoint of step {step} is damaged; whole ones: {', '.join(map(str, good))}")
     return _read(folder / str(step), {which: like})[which], step
 
 

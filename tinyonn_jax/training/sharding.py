@@ -47,8 +47,8 @@ def make_mesh(cfg: MeshConfig, local: bool = False) -> Mesh:
     data = cfg.data or len(devices) // inner
     if not cfg.data and (data == 0 or len(devices) % inner):
         raise ConfigError(
-            f"mesh.fsdp × mesh.expert ({cfg.fsdp} × {cfg.expert}) does not divide the {len(devices)} devices: choose a divisor "
-            "or set mesh.data"
+            f"mesh.fsdp × mesh.expert ({cfg.fsdp} × {cfg.expert}) must divide the number of devices, which is {len(devices)}; "
+            "choose others, let mesh.data use fewer, or simulate devices: XLA_FLAGS=--xla_force_host_platform_device_count=8"
         )
     used = data * inner
     if used > len(devices) or (not local and jax.process_count() > 1 and used != len(devices)):
