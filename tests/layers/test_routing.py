@@ -274,3 +274,11 @@ def test_entropy_matches_its_definition(seed):
 
 _entropy = jax.jit(routing.entropy)
 _entropy_slope = jax.jit(jax.grad(lambda z: jnp.sum(routing.entropy(z))))
+
+
+@pytest.mark.parametrize("match", ["cosine", "dot"])
+def test_logits_are_not_rounded_where_the_hardware_would(match):
+    """GPUs and TPUs round the factors of a float32 matmul unless told otherwise, and a decision by a threshold would follow."""
+    cfg = RouterConfig(modules=3, slots=1, match=match, cost="linear")
+    text = logits_of.lower(init(jax.random.key(0), routing.spec(4, cfg)), jnp.ones((2, 4)), cfg).as_text()
+    assert text.count("dot_general") == text.count("[HIGHEST, HIGHEST]") == 2

@@ -6,6 +6,7 @@ Source: seed 0 (proposer-builder, DRLN), seed 1 (CAPR, top-k), seed 2 (top-any),
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import flax.struct
@@ -162,13 +163,16 @@ def _entropy_bwd(saved, g):
 entropy.defvjp(_entropy_fwd, _entropy_bwd)
 
 
+_exact = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # GPUs and TPUs would round float32 factors
+
+
 def match(x: Float[Array, "N D"], proto: Float[Array, "M D"], cfg: RouterConfig) -> Float[Array, "N M"]:
     """Cosine similarity x·p / (‖x‖‖p‖), or dot product x·p / √D (seeds 0 and 1)."""
     if cfg.match == "dot":
-        return x @ proto.T * x.shape[-1] ** -0.5
+        return _exact(x, proto.T) * x.shape[-1] ** -0.5
     # A zero vector matches nothing: rsqrt(0 + ε²) keeps value and gradient finite.
     x = x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + EPS**2)
-    return x @ (proto * jax.lax.rsqrt(jnp.sum(proto * proto, -1, keepdims=True) + EPS**2)).T
+    return _exact(x, (proto * jax.lax.rsqrt(jnp.sum(proto * proto, -1, keepdims=True) + EPS**2)).T)
 
 
 def cost(x: Float[Array, "N D"], gate: Array, cfg: RouterConfig) -> Array:
@@ -182,7 +186,7 @@ def cost(x: Float[Array, "N D"], gate: Array, cfg: RouterConfig) -> Array:
         case "bias_drln":
             return drln(gate, floor=1.0)
         case "linear":
-            return x @ gate.T
+            return _exact(x, gate.T)
         case "threshold":
             return jax.nn.sigmoid(gate)
 

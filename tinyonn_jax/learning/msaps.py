@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float
 
-from tinyonn_jax.layers.routing import EPS, Router, Routing, drln, effective, per_module, served
+from tinyonn_jax.layers.routing import EPS, Router, Routing, drln, effective, per_module, pooled, served
 from tinyonn_jax.learning.rule import LearningRule, initial, layers, part, record, replace_layer, routers
 from tinyonn_jax.learning.signals import Signals
 
@@ -61,8 +61,9 @@ def cosine(p: Float[Array, "*R M D"], anchor: Float[Array, "*R M D"]) -> Float[A
 def protection(size: Float[Array, "*L M"], accuracy: Array, temperature: float) -> Float[Array, "*L M"]:
     """How much of each prototype's gradient is held back, in (0, 1], by the `size` of gates; all of it for the smallest.
 
-    softmax(rank / τ) over a layer's modules divided by its largest, so that it acts at any number of modules. A rank is the share
-    of modules with a larger gate, so equal gates are protected equally; τ = τ0·(1 − accuracy) falls as the network gets better.
+    exp((rank − 1) / τ), which where gates differ is softmax(rank / τ) over a layer's modules divided by its largest, so that it
+    acts at any number of modules. A rank is the share of modules with a larger gate, so equal gates are protected equally, and
+    less than all, or none could begin to move. τ = τ0·(1 − accuracy) falls as the network gets better.
     """
     larger = jnp.sum(size[..., None, :] > size[..., None], -1)
     rank = larger / max(size.shape[-1] - 1, 1)
@@ -118,11 +119,12 @@ def msaps(
         for name, routing in routings.items():
             shaped = shape_layer(routers[name], routing, signals[name])
             proto, gate = proto + shaped["proto"], gate + shaped["gate"]
+            rounds = shaped["sign"].size // routers[name].proto[..., 0].size  # recursions that share the router
             per_layer[name] = {
                 "good_share": jnp.mean(shaped["sign"] < 0),
                 "bad_share": jnp.mean(shaped["sign"] > 0),
                 "idle_share": jnp.mean(shaped["sign"] == 0),
-                "goodness": -_flat(shaped["sign"]).mean(0),
+                "goodness": -pooled(shaped["sign"], routers[name].proto[..., 0]) / rounds,
             }
         if attract:
             loss = loss + proto
@@ -140,7 +142,9 @@ def msaps(
             if l2:
                 d_proto = d_proto + 2 * decay * router.proto
                 modules = jax.tree.map(
-                    lambda g, w: g + 2 * decay * w, part(layers(grads)[name], "modules"), part(layer, "modules")
+                    lambda g, w, router=router: g + 2 * decay * w if _is_matrix(w, router) else g,
+                    part(layers(grads)[name], "modules"),
+                    part(layer, "modules"),
                 )
                 grads = replace_layer(grads, f"{name}.modules".lstrip("."), modules)
             grads = replace_layer(grads, f"{name}.router".lstrip("."), replace(gradient, proto=d_proto))
@@ -172,9 +176,15 @@ def mean_norm(params: Any) -> Array:
     """The mean norm of all prototypes and of all rows of module matrices."""
     norms = []
     for layer in layers(params).values():
-        rows = [part(layer, "router").proto, *(w for w in jax.tree.leaves(part(layer, "modules")) if w.ndim > 1)]
+        router = part(layer, "router")
+        rows = [router.proto, *(w for w in jax.tree.leaves(part(layer, "modules")) if _is_matrix(w, router))]
         norms += [jnp.linalg.norm(row, axis=-1).ravel() for row in rows]
     return jnp.mean(jnp.concatenate(norms)) if norms else jnp.float32(0)
+
+
+def _is_matrix(w: Array, router: Router) -> bool:
+    """Whether each module has rows of it, and not a single number, as of a bias; stacked blocks have one axis more."""
+    return w.ndim >= router.proto.ndim
 
 
 def reborn(proto: Float[Array, "*L M D"], dead: Bool[Array, "*L M"], key: Array) -> Float[Array, "*L M D"]:
@@ -185,7 +195,3 @@ def reborn(proto: Float[Array, "*L M D"], dead: Bool[Array, "*L M"], key: Array)
     spread = jnp.sqrt(jnp.sum(jnp.where(alive, (proto - centroid) ** 2, 0), (-2, -1), keepdims=True) / (count * proto.shape[-1]))
     fresh = centroid + 0.5 * spread * jax.random.normal(key, proto.shape)
     return jnp.where(alive | ~jnp.any(alive, -2, keepdims=True), proto, fresh)
-
-
-def _flat(values: Float[Array, "*R M"]) -> Float[Array, "R M"]:
-    return values.reshape(-1, values.shape[-1])

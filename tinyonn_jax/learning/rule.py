@@ -155,10 +155,13 @@ def record(meta: MetaState, routings: Routings, signals: dict[str, Signals], met
 
 
 def load_balance(weight: Float[Array, "*R N K"], routing: Routing) -> Array:
-    """½ (M Σ load² / (Σ load)² + M Σ imp² / (Σ imp)²): load counts tokens, importance sums weights; 1 when even (seed 3, §7)."""
+    """½ (M Σ load² / (Σ load)² + M Σ imp² / (Σ imp)²): load counts tokens, importance sums weights; 1 when even, or when nobody
+    uses any (seed 3, §7)."""
 
     def unevenness(total):  # [*R,M]
-        return jnp.mean(total.shape[-1] * jnp.sum(total**2, -1) / jnp.maximum(jnp.sum(total, -1), 1e-6) ** 2)
+        everything = jnp.sum(total, -1)
+        uneven = total.shape[-1] * jnp.sum(total**2, -1) / jnp.maximum(everything, 1e-6) ** 2
+        return jnp.mean(jnp.where(everything > 0, uneven, 1.0))
 
     load = jax.lax.stop_gradient(served(routing))
     return 0.5 * (unevenness(load) + unevenness(jnp.sum(per_module(weight, routing), -2)))

@@ -59,12 +59,13 @@ def _totals(values: Float[Array, "*R N G P"], routing: Routing, proto: Float[Arr
 def imbalance(prior: Float[Array, "*R N G P"], routing: Routing, proto: Float[Array, "*L M D"]) -> Float[Array, ""]:
     """P Σ_m load_m p_m, a mean over groups; load: m's share of the slots in use, p: of the mean softmax(prior). 1 when even.
 
-    Both are taken over the batch and the recursions that share a router; load has no gradient. Source: Switch Transformers
-    (arXiv 2101.03961), eq. 4-6.
+    Both are taken over the batch and the recursions that share a router; load has no gradient. A group that nobody uses counts as
+    even. Source: Switch Transformers (arXiv 2101.03961), eq. 4-6.
     """
     per_group, load = prior.shape[-1], pooled(served(routing), proto[..., 0])
     p, load = (v.reshape(-1, per_group) for v in (_totals(jax.nn.softmax(prior), routing, proto), load))
-    return per_group * jnp.mean(jnp.sum(p * load, -1) / jnp.maximum(jnp.sum(p, -1) * jnp.sum(load, -1), TINY))
+    uneven = per_group * jnp.sum(p * load, -1) / jnp.maximum(jnp.sum(p, -1) * jnp.sum(load, -1), TINY)
+    return jnp.mean(jnp.where(jnp.sum(load, -1) > 0, uneven, 1.0))
 
 
 def sars(
@@ -84,22 +85,22 @@ def sars(
     def objective(routers, routings, signals, meta):
         losses, shares, per_layer = [], [], {}
         for name, routing in routings.items():
+            proto = routers[name].proto
             good = goodness(routing, signals[name], granularity, neuron_cost)
             logits = _competing(logits_of(routers[name], routing), routing)
             prior = logits + sign * good
             losses.append(mean_over_tokens(entropy(prior).mean(-1), routing))  # entropy [*R,N,G]
             shares.append(losses[-1] / jnp.log(max(routing.config.per_group, 2)))
             if balance:
-                losses[-1] += balance * imbalance(prior, routing, routers[name].proto)
+                losses[-1] += balance * imbalance(prior, routing, proto)
             good = jnp.broadcast_to(good, logits.shape)
-            by_module = jnp.where(routing.valid[..., None], good.reshape(routing.logits.shape), 0)
-            count = jnp.maximum(jnp.sum(routing.valid), 1)
+            tokens = pooled(jnp.sum(routing.valid, -1, keepdims=True), proto[..., 0])
             gains, loses = (mean_over_tokens(jnp.mean(v, (-2, -1)), routing) for v in (good > 0, good < 0))
             per_layer[name] = {
                 "good_share": gains,
                 "bad_share": loses,
                 "idle_share": 1 - gains - loses,
-                "goodness": by_module.sum(range(by_module.ndim - 1)) / count,
+                "goodness": _totals(good, routing, proto) / jnp.maximum(tokens, 1),
             }
         count = max(len(losses), 1)
         return sum(losses, jnp.float32(0)) / count, {

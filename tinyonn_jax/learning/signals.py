@@ -9,10 +9,10 @@ from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import tap as taps
-from tinyonn_jax.layers.routing import Routing, per_module, served
+from tinyonn_jax.layers.routing import Routing, per_module, pooled, served
 
 
 @flax.struct.dataclass
@@ -52,41 +52,48 @@ def make_taps(routings: Any) -> dict[str, taps.Tap]:
     return {name: taps.zeros(routing) for name, routing in routings.items()}
 
 
-def summary(routing: Routing, signals: Signals) -> dict[str, Array]:
+def summary(routing: Routing, signals: Signals, like: Float[Array, "*L M"]) -> dict[str, Array]:
     """What a person watches of one routed layer; shares in [0, 1], over valid tokens and all recursions.
 
-    `load [M]` share of the slots in use that each module serves; `gating_acc` share of (token, group) decisions with several
-    active modules whose top logit is the least surprising of them (by parameter gradient). It is NaN when no token has several,
-    and for neurons, of which a token uses many at once and prefers none.
-    `dropped`: share of the slots in use that went without their module.
+    `like` has the shape of the layer's modules: stacked blocks have modules of their own, whose loads are told apart, their
+    figures averaged and `dead_modules` counted. `load [M]` share of the slots in use that each module serves; `gating_acc` share
+    of (token, group) decisions with several active modules, any of them surprised, whose top logit is the least surprised (by
+    parameter gradient). It is NaN when there is none, and for neurons, of which a token uses many at once and prefers none.
+    `dropped`: share of the slots in use that went without their module, NaN where that cannot be.
     """
-    used = served(routing)  # [*R,M]
-    used = used.reshape(-1, used.shape[-1]).sum(0)
-    total = jnp.maximum(jnp.sum(used), 1)
-    load = used / total
+    used = pooled(served(routing), like)  # [*L,M]
+    modules = used.shape[-1]
+    load = used / jnp.maximum(jnp.sum(used, -1, keepdims=True), 1)
     valid = jnp.maximum(jnp.sum(routing.valid), 1)
+    computed = jnp.maximum(jnp.sum(_computed(routing)), 1)
     slots = jnp.maximum(jnp.sum(routing.active), 1)
     return {
-        "load": load,
-        "active_share": jnp.sum(routing.active) / (valid * routing.logits.shape[-1]),
-        "usage_entropy": -jnp.sum(load * jnp.log(jnp.maximum(load, 1e-9))) / jnp.log(max(load.size, 2)),
-        "max_load": jnp.max(load) * load.size,
+        "load": load.reshape(-1, modules).mean(0),
+        "active_share": jnp.sum(routing.active) / (valid * modules),
+        "usage_entropy": -jnp.mean(jnp.sum(load * jnp.log(jnp.maximum(load, 1e-9)), -1)) / jnp.log(max(modules, 2)),
+        "max_load": jnp.mean(jnp.max(load, -1)) * modules,
         "dead_modules": jnp.sum(used == 0),
         "unrouted": jnp.sum(routing.unrouted) / valid,
-        "dropped": jnp.float32(0) if routing.dropped is None else jnp.sum(routing.dropped) / slots,
+        "dropped": jnp.float32(jnp.nan) if routing.dropped is None else jnp.sum(routing.dropped) / slots,
         "gating_acc": _gating_accuracy(routing, signals),
-        "surprise_output": jnp.sum(signals.output) / slots,
-        "surprise_param": jnp.sum(signals.param) / slots,
+        "surprise_output": jnp.sum(signals.output) / computed,
+        "surprise_param": jnp.sum(signals.param) / computed,
     }
+
+
+def _computed(routing: Routing) -> Bool[Array, "*R N K"]:
+    """The active slots whose module ran."""
+    return routing.active if routing.dropped is None else routing.active & ~routing.dropped
 
 
 def _gating_accuracy(routing: Routing, signals: Signals) -> Array:
     if routing.index is None:
         return jnp.float32(jnp.nan)
-    active = routing.active.reshape(*routing.active.shape[:-1], routing.config.groups, -1)
-    surprise = jnp.where(active, signals.param.reshape(active.shape), jnp.inf)
-    contested = active.sum(-1) > 1
-    right = contested & (surprise[..., 0] == jnp.min(surprise, -1))  # slots are sorted by logit
+    active = _computed(routing).reshape(*routing.active.shape[:-1], routing.config.groups, -1)
+    surprise = signals.param.reshape(active.shape)
+    contested = (active.sum(-1) > 1) & jnp.any(active & (surprise > 0), -1)
+    least = jnp.min(jnp.where(active, surprise, jnp.inf), -1)
+    right = contested & active[..., 0] & (surprise[..., 0] == least)  # slots are sorted by logit
     return jnp.sum(right) / jnp.sum(contested)
 
 

@@ -185,9 +185,9 @@ def routing_snapshot(state: TrainState, metrics: dict[str, Any]) -> dict[str, np
     snapshot: dict[str, np.ndarray] = {}
     for name, layer in layers(state.params).items():
         proto, used = _fetch(layer.router.proto), _fetch(state.meta.records[name])
-        proto, used = (proto[-1], used[-1]) if proto.ndim == 3 else (proto, used)
-        goodness = metrics["layers"][name].get("goodness", np.zeros(len(proto)))
-        snapshot |= {f"{name}.proto": proto, f"{name}.goodness": np.asarray(goodness), f"{name}.usage": used / max(used.sum(), 1)}
+        goodness = np.asarray(metrics["layers"][name].get("goodness", np.zeros(used.shape)))
+        proto, used, goodness = (a[-1] if proto.ndim == 3 else a for a in (proto, used, goodness))
+        snapshot |= {f"{name}.proto": proto, f"{name}.goodness": goodness, f"{name}.usage": used / max(used.sum(), 1)}
     return snapshot
 
 

@@ -80,7 +80,7 @@ def _routing_metrics(params: Any, routings: Any, signals: Any, rule_metrics: Any
     per_layer = rule_metrics.pop("layers", {})
     found = {
         name: {
-            **surprise.summary(routing, signals[name]),
+            **surprise.summary(routing, signals[name], meta.records[name]),
             "kl": variational.divergence(variational.posterior(routing, meta.prior[name]), meta.prior[name]),
             "gate_mean": jnp.mean(routers(params)[name].gate),
             "gate_std": jnp.std(routers(params)[name].gate),

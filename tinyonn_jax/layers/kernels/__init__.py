@@ -3,8 +3,8 @@
     forward(x, w, sizes) -> y                                  y_p = x_p · w[m], the rows of module m following each other
     backward(tapped, x, w, sizes, g) -> dx, dw, rows, modules  tapped: with ‖x_p g_pᵀ‖² of every row, ‖dw_m‖² of every module
 
-Rows past sum(sizes) may hold anything, count for nothing and come out as zero. Sums are float32 whatever the type of x. Here is
-what the kernels share: rows cut into blocks of one module each.
+Rows past sum(sizes) may hold anything finite, count for nothing and come out as zero. Sums are float32 whatever the type of x.
+Here is what the kernels share: rows cut into blocks of one module each.
 
 Letters: P rows, M modules, I inputs, O outputs of one module.
 """
