@@ -93,7 +93,8 @@ def _gating_accuracy(routing: Routing, signals: Signals) -> Array:
     surprise = signals.param.reshape(active.shape)
     contested = (active.sum(-1) > 1) & jnp.any(active & (surprise > 0), -1)
     least = jnp.min(jnp.where(active, surprise, jnp.inf), -1)
-    right = contested & active[..., 0] & (surprise[..., 0] == least)  # slots are sorted by logit
+    first = active & (jnp.cumsum(active, -1) == 1)  # slots are sorted by logit
+    right = contested & jnp.any(first & (surprise == least[..., None]), -1)
     return jnp.sum(right) / jnp.sum(contested)
 
 
