@@ -160,7 +160,6 @@ def test_what_finds_no_room_is_dropped_and_counted(ragged):
     w = make(tuple(Param((2, *p.shape[1:]), p.axes, zeros) for p in MLPS))
     x, r = X[:8], hand_made(CROWD, np.ones((8, 1)), USED, 2, D)
     layout = sharding.layout(sharding.make_mesh(sending(1, 1, 2)), capacity=1.0)
-    assert layout is not None
 
     def loss(w, x, weight, t, limit):
         with over(replace(layout, ragged=ragged) if limit else None):
@@ -207,7 +206,7 @@ def test_on_a_tpu_only_what_goes_is_sent():
     """Lowered for TPUs, not run: rows and their outputs go raggedly, and in the backward pass their gradients; so do the numbers
     of their modules. All at once go only the sizes of queues."""
     layout = sharding.layout(sharding.make_mesh(sending(1, 1, 8)))
-    assert layout is not None and not layout.ragged  # there is no such operation on CPUs
+    assert not layout.ragged  # there is no such operation on CPUs
     r = LAYERS["mlps"][2]["all in use"]
     with over(replace(layout, ragged=True)):
         both = jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.sin(mlps(w, x, r, None))), (0, 1)))

@@ -140,6 +140,16 @@ def test_adaptive_decay_grows_with_the_norms_and_shrinks_them():
     assert float(mean_norm(pull(3.0)[0]) / mean_norm(params)) == pytest.approx(3, rel=1e-5)
 
 
+def test_biases_are_no_rows_and_do_not_decay_stacked_or_not():
+    params, _, _ = setup()
+    params = params.replace(modules=params.modules.replace(bias=jnp.full_like(params.modules.bias, 3)))
+    stacked = jax.tree.map(lambda a: a[None], params)
+    assert float(mean_norm(stacked)) == pytest.approx(float(mean_norm(params)))
+    for one in (params, stacked):
+        after = msaps(protect=False, l2=0.01).adjust(jax.tree.map(jnp.zeros_like, one), one, {}, {}, state(one))
+        assert not after.modules.bias.any() and after.modules.mu.all()
+
+
 @pytest.mark.parametrize("cost", ["linear", "bias"])
 def test_gates_learn_to_predict_a_fixed_surprise(cost):
     params, routing, signals = setup(cost)

@@ -70,6 +70,9 @@ def test_load_balance_is_one_when_even_and_m_when_all_on_one():
     assert float(balance(use(3, 3, 3, 3))) == pytest.approx(1.0)
     assert float(balance(use(12, 0, 0, 0))) == pytest.approx(4.0)
     assert float(balance(use(6, 2, 2, 2))) == pytest.approx(4 * (36 + 4 + 4 + 4) / 144)
+    nobody = use(3, 3, 3, 3)
+    nobody = nobody.replace(active=jnp.zeros_like(nobody.active), weight=jnp.zeros_like(nobody.weight))
+    assert float(balance(nobody)) == 1  # silence is no better than even
 
 
 def test_load_and_importance_are_halves():

@@ -251,6 +251,8 @@ def test_imbalance_by_hand():
     shared, apart = jnp.zeros((4, 5)), jnp.zeros((2, 4, 5))
     assert float(imbalance(prior, routing, shared)) == pytest.approx(np.mean([2 * (9 + 1) / 16, 1]))
     assert float(imbalance(prior, routing, apart)) == pytest.approx(np.mean([2 * 3 / 4, 1, 1, 1]))
+    silent = routing.replace(active=active.at[..., 1].set(False))  # group 1 serves nobody: no better than even
+    assert float(imbalance(prior, silent, shared)) == pytest.approx(np.mean([2 * (9 + 1) / 16, 1]))
 
 
 def test_balance_keeps_modules_in_use_that_entropy_alone_gives_up():

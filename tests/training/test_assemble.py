@@ -1,8 +1,10 @@
 """What a configuration is turned into: counts of parameters, validation, snapshots of routing, one compilation."""
 
 import dataclasses
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +14,8 @@ from tinyonn_jax.arc.batches import Dataset, Query, batch_at, build_dataset, pro
 from tinyonn_jax.arc.evaluate import evaluate, teacher_forced_exact
 from tinyonn_jax.arc.tasks import TaskSets, load_task_sets
 from tinyonn_jax.config import Config, ConfigError, EvalConfig, MeshConfig
-from tinyonn_jax.layers import base
+from tinyonn_jax.layers import base, dynmoe
+from tinyonn_jax.layers.routing import Router
 from tinyonn_jax.learning.rule import routers
 from tinyonn_jax.models import transformer
 from tinyonn_jax.presets import PRESETS
@@ -99,6 +102,16 @@ def test_a_snapshot_shares_out_what_was_used(data):
     # The state keeps its shardings and types, so that the second step does not compile anew.
     program.step(state, program.put(batch))
     assert program.step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def test_a_snapshot_of_stacked_blocks_is_of_the_last():
+    proto, use, good = (np.arange(2.0 * n).reshape(2, *shape) for n, shape in ((12, (4, 3)), (4, (4,)), (4, (4,))))
+    state = mock.Mock(params={"a": dynmoe.Params(Router(jnp.asarray(proto), jnp.asarray(use)), None, None)})
+    state.meta.records = {"a": jnp.asarray(use)}
+    found = assemble.routing_snapshot(state, {"layers": {"a": {"goodness": jnp.asarray(good)}}})
+    np.testing.assert_array_equal(found["a.proto"], proto[1])
+    np.testing.assert_array_equal(found["a.goodness"], good[1])
+    np.testing.assert_allclose(found["a.usage"], use[1] / use[1].sum(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["dense", "dyntrm", "dfc", "dfc_hard"])

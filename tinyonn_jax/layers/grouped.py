@@ -67,15 +67,16 @@ def plan(index: Int[Array, "N K"], active: Bool[Array, "N K"], modules: int) -> 
     """Sorts the pairs by module, stably, idle ones last: by counting where modules are few, for that takes P·M steps."""
     key = jnp.where(active, index, modules).reshape(-1)
     row = jnp.arange(key.size, dtype=jnp.int32)
+    invert = lambda p: jnp.zeros_like(row).at[p].set(row, unique_indices=True)  # noqa: E731
     if modules <= COUNTED:
         hit = (key[:, None] == jnp.arange(modules + 1)).astype(jnp.int32)  # [P,M+1]
         count = jnp.cumsum(hit, 0)
         sizes = count[-1]
         inverse = jnp.sum(hit * (jnp.cumsum(sizes) - sizes + count - 1), -1)
-        return Plan(jnp.zeros_like(row).at[inverse].set(row, unique_indices=True), inverse, sizes[:modules])
+        return Plan(invert(inverse), inverse, sizes[:modules])
     order = jnp.argsort(key, stable=True).astype(jnp.int32)
     end = jnp.searchsorted(key[order], jnp.arange(modules), side="right").astype(jnp.int32)
-    return Plan(order, jnp.zeros_like(row).at[order].set(row, unique_indices=True), jnp.diff(end, prepend=0))
+    return Plan(order, invert(order), jnp.diff(end, prepend=0))
 
 
 @jax.custom_vjp
