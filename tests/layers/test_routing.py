@@ -197,6 +197,22 @@ def test_per_module_lays_slots_out_by_module():
     np.testing.assert_array_equal(routing.per_module(values, table), by_module(values, table))
 
 
+@pytest.mark.parametrize("name", ["top_k", "hard"])
+def test_slots_and_modules_are_laid_out_into_each_other(name):
+    cfg = RouterConfig(6, 2, groups=2, select=name)
+    r = Router(jax.random.normal(jax.random.key(0), (6, 4)), jnp.zeros(6))
+    table = route(r, jax.random.normal(jax.random.key(1), (5, 4)), cfg, np.arange(5) != 3)
+    assert np.any(table.active) and not np.all(table.active)
+    values = jax.random.normal(jax.random.key(2), (5, 6))
+    by_slot = np.zeros((5, 4), np.float32)
+    for n, k in zip(*np.nonzero(table.active), strict=True):
+        by_slot[n, k] = values[n, table.index[n, k]]
+    np.testing.assert_array_equal(routing.per_slot(values, table), by_slot)
+    used = np.asarray(routing.per_module(jnp.ones((5, 4)), table))
+    np.testing.assert_array_equal(routing.per_module(jnp.asarray(by_slot), table), values * used)
+    assert used.sum() == np.sum(table.active)
+
+
 def main_loss(router, x, cfg):
     """A main loss that reads the routing only: the weights, each times a number of its module."""
     r = routing.route(router, x, cfg)
@@ -267,6 +283,7 @@ def test_entropy_matches_its_definition(seed):
     p /= p.sum(-1, keepdims=True)
     h = -(p * np.log(p)).sum(-1)
     np.testing.assert_allclose(_entropy(logits), h, atol=1e-5)
+    np.testing.assert_array_equal(_entropy(logits[:, None]), _entropy(logits)[:, None])
     # dH/dz_i = Σ_j (−log p_j − 1) dp_j/dz_i with the softmax's Jacobian p_j (δ_ij − p_i)
     jacobian = p[..., None] * np.eye(5) - p[..., None] * p[..., None, :]
     np.testing.assert_allclose(_entropy_slope(logits), np.einsum("rj,rji->ri", -np.log(p) - 1, jacobian), atol=1e-5)

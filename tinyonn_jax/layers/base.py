@@ -83,8 +83,8 @@ def stack(spec: Any, layers: int) -> Any:
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float = 1e-6) -> Float[Array, "*B D"]:
     """x / rms(x) · scale over the last axis, in float32 whatever the type of x (Zhang and Sennrich, 2019)."""
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps) * scale).astype(x.dtype)
+    x32 = x.astype(jnp.float32).reshape(-1, x.shape[-1])  # one axis of rows: see `routing.entropy`
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps) * scale).astype(x.dtype).reshape(x.shape)
 
 
 def layer_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float = 1e-6) -> Array:

@@ -114,10 +114,11 @@ def effective(router: Router) -> Router:
     refined from those of the layer before, p_eff^l = proto^l + LayerNorm(p_eff^{l-1}·W^l). Without any, the router as it is."""
     if router.stream is None:
         return router
-    refined = [router.proto[0]]
-    for layer in range(1, router.proto.shape[0]):
-        w, scale, bias = (leaf[layer - 1] for leaf in (router.stream.w, router.stream.scale, router.stream.bias))
-        refined.append(router.proto[layer] + layer_norm(refined[-1] @ w, scale, bias))
+    first, *others = jnp.unstack(router.proto)
+    refined = [first]
+    streams = zip(*(jnp.unstack(leaf) for leaf in (router.stream.w, router.stream.scale, router.stream.bias)), strict=True)
+    for proto, (w, scale, bias) in zip(others, streams, strict=True):
+        refined.append(proto + layer_norm(refined[-1] @ w, scale, bias))
     return Router(jnp.stack(refined), router.gate)
 
 
@@ -147,11 +148,15 @@ def entropy(logits: Float[Array, "*R P"]) -> Float[Array, "*R"]:
 
 
 def _entropy_fwd(logits):
-    peak = jnp.max(logits, -1, keepdims=True)
-    e = jnp.exp(logits - peak)
-    total = jnp.sum(e, -1, keepdims=True)
-    h = jnp.log(total) - jnp.sum(e * (logits - peak), -1, keepdims=True) / total
-    return h[..., 0], (logits, peak + jnp.log(total), h)
+    lead = logits.shape[:-1]
+    # Without axes of length one: reducing a product of arrays that have some takes jaxlib 0.10 thirty times as long on CPUs.
+    rows = logits.reshape(*(n for n in lead if n > 1), logits.shape[-1])
+    peak = jnp.max(rows, -1)
+    z = rows - peak[..., None]
+    e = jnp.exp(z)
+    total = jnp.sum(e, -1)
+    h = jnp.log(total) - jnp.sum(e * z, -1) / total
+    return h.reshape(lead), (logits, (peak + jnp.log(total)).reshape(*lead, 1), h.reshape(*lead, 1))
 
 
 def _entropy_bwd(saved, g):
@@ -300,13 +305,31 @@ def given(index: Int[Array, "N K"], active: Bool[Array, "N K"], modules: int) ->
     return Routing(none, index, weight, active, none[:, :0], valid, jnp.zeros_like(valid), RouterConfig(modules, slots))
 
 
-def per_module(values: Float[Array, "N K"], routing: Routing) -> Float[Array, "N M"]:
-    """Slot values laid out by module, zero where a token does not use the module. A one-hot sum: a scatter would not shard."""
+def _held(routing: Routing) -> list[Bool[Array, "*R N G P"]]:
+    """For each slot of a group, which of the group's modules it holds. Comparisons: scatters and gathers would not shard."""
+    cfg, index = routing.config, routing.slots
+    grouped = lambda v: v.reshape(*index.shape[:-1], cfg.groups, -1)  # noqa: E731
+    within = grouped(index) - cfg.per_group * jnp.arange(cfg.groups)[:, None]
+    within = jnp.where(grouped(routing.active), within, -1)
+    return [within[..., slot, None] == jnp.arange(cfg.per_group) for slot in range(within.shape[-1])]
+
+
+def per_module(values: Float[Array, "*R N K"], routing: Routing) -> Float[Array, "*R N M"]:
+    """Slot values laid out by module, zero where a token does not use the module."""
     if routing.index is None:
         return jnp.where(routing.active, values, 0)
-    modules = jnp.arange(routing.logits.shape[-1])
-    hit = (routing.index[..., None] == modules) & routing.active[..., None]
-    return jnp.sum(jnp.where(hit, values[..., None], 0), -2)
+    by_group = values.reshape(*values.shape[:-1], routing.config.groups, -1)
+    each = (jnp.where(hit, by_group[..., slot, None], 0) for slot, hit in enumerate(_held(routing)))
+    return sum(each, jnp.zeros((), values.dtype)).reshape(routing.logits.shape)
+
+
+def per_slot(values: Float[Array, "*R N M"], routing: Routing) -> Float[Array, "*R N K"]:
+    """Module values laid out by slot, zero in idle slots."""
+    if routing.index is None:
+        return jnp.where(routing.active, values, 0)
+    by_group = values.reshape(*values.shape[:-1], routing.config.groups, -1)
+    laid = jnp.stack([jnp.sum(jnp.where(hit, by_group, 0), -1) for hit in _held(routing)], -1)
+    return laid.reshape(routing.weight.shape)
 
 
 def pooled(values: Float[Array, "*R M"], like: Float[Array, "*L M"]) -> Float[Array, "*L M"]:
@@ -314,6 +337,11 @@ def pooled(values: Float[Array, "*R M"], like: Float[Array, "*L M"]) -> Float[Ar
     return values if values.ndim == like.ndim else values.sum(0)
 
 
+def totals(values: Float[Array, "*R N K"], routing: Routing) -> Float[Array, "*R M"]:
+    """Slot values, which must be zero in idle slots, summed over tokens, by module."""
+    return jnp.sum(values if routing.index is None else per_module(values, routing), -2)
+
+
 def served(routing: Routing) -> Float[Array, "*R M"]:
     """How many tokens use each module."""
-    return jnp.sum(per_module(jnp.ones_like(routing.weight), routing), -2)
+    return totals(routing.active.astype(jnp.float32), routing)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tinyonn_jax.layers.routing import Router, Routing, effective, per_module, pooled, routing_logits, select, served
+from tinyonn_jax.layers.routing import Router, Routing, effective, pooled, routing_logits, select, served, totals
 from tinyonn_jax.learning import variational
 from tinyonn_jax.learning.signals import Signals
 
@@ -164,7 +164,7 @@ def load_balance(weight: Float[Array, "*R N K"], routing: Routing) -> Array:
         return jnp.mean(jnp.where(everything > 0, uneven, 1.0))
 
     load = jax.lax.stop_gradient(served(routing))
-    return 0.5 * (unevenness(load) + unevenness(jnp.sum(per_module(weight, routing), -2)))
+    return 0.5 * (unevenness(load) + unevenness(totals(weight, routing)))
 
 
 def _unchanged(grads, params, routings, signals, meta):

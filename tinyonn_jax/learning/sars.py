@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from tinyonn_jax.layers.routing import Routing, drln, entropy, per_module, pooled, served
+from tinyonn_jax.layers.routing import Routing, drln, entropy, per_module, per_slot, pooled, served
 from tinyonn_jax.learning.rule import LearningRule, initial, layers, logits_of, mean_over_tokens, part, record, replace_layer
 from tinyonn_jax.learning.signals import Signals
 
@@ -32,22 +32,32 @@ def _competing(values: Float[Array, "*R M"], routing: Routing) -> Float[Array, "
 
 def goodness(
     routing: Routing, signals: Signals, granularity: Granularity, neuron_cost: Granularity = "module"
-) -> Float[Array, "*R N G P"]:
+) -> Float[Array, "*R N S"]:
     """Importance × (belief − cost), each normalised over the modules that compete; 0 for modules not used, carries no gradient.
 
-    A module counts as used if the batch used it (module), or if the token did (token). For neurons at granularity token the cost
-    is the module's all the same: per token it is |δ|·‖x‖, which normalised over neurons is |δ|, the importance, again.
+    A value for every module at granularity module (S = M), for every slot at granularity token (S = K): there a token's other
+    modules have none. A module counts as used if the batch used it (module), or if the token did (token). For neurons at
+    granularity token the cost is the module's all the same: per token it is |δ|·‖x‖, which normalised over neurons is |δ|, the
+    importance, again.
     """
+    belief = drln(_competing(routing.logits, routing))
     if granularity == "module":
         importance, cost = signals.module_output[..., None, :], signals.module_param[..., None, :]
         used = jnp.any(per_module(jnp.ones_like(routing.weight), routing) > 0, -2, keepdims=True)
     else:
-        importance, cost = per_module(signals.attribution, routing), per_module(signals.param, routing)
-        used = per_module(jnp.ones_like(routing.weight), routing) > 0
+        importance, cost, used = signals.attribution, signals.param, routing.active
+        belief = _competing(per_slot(belief.reshape(routing.logits.shape), routing), routing)
         if routing.index is None and neuron_cost == "module":
             cost = signals.module_param[..., None, :]
-    importance, cost, used, belief = (_competing(v, routing) for v in (importance, cost, used, routing.logits))
-    return stop_gradient(jnp.where(used, drln(importance) * (drln(belief) - drln(cost)), 0.0))
+    importance, cost, used = (_competing(v, routing) for v in (importance, cost, used))
+    good = jnp.where(used, drln(importance) * (belief - drln(cost)), 0.0)
+    return stop_gradient(good.reshape(*good.shape[:-2], -1))
+
+
+def _laid(good: Float[Array, "*R N S"], routing: Routing, granularity: Granularity) -> Float[Array, "*R N G P"]:
+    """Goodness by module."""
+    slots = granularity == "token" and routing.index is not None
+    return _competing(per_module(good, routing) if slots else good, routing)
 
 
 def _totals(values: Float[Array, "*R N G P"], routing: Routing, proto: Float[Array, "*L M D"]) -> Float[Array, "*L M"]:
@@ -86,16 +96,17 @@ def sars(
         losses, shares, per_layer = [], [], {}
         for name, routing in routings.items():
             proto = routers[name].proto
-            good = goodness(routing, signals[name], granularity, neuron_cost)
+            by_slot = goodness(routing, signals[name], granularity, neuron_cost)
+            good = _laid(by_slot, routing, granularity)
             logits = _competing(logits_of(routers[name], routing), routing)
             prior = logits + sign * good
             losses.append(mean_over_tokens(entropy(prior).mean(-1), routing))  # entropy [*R,N,G]
             shares.append(losses[-1] / jnp.log(max(routing.config.per_group, 2)))
             if balance:
                 losses[-1] += balance * imbalance(prior, routing, proto)
-            good = jnp.broadcast_to(good, logits.shape)
             tokens = pooled(jnp.sum(routing.valid, -1, keepdims=True), proto[..., 0])
-            gains, loses = (mean_over_tokens(jnp.mean(v, (-2, -1)), routing) for v in (good > 0, good < 0))
+            modules = routing.config.modules
+            gains, loses = (mean_over_tokens(jnp.sum(v, -1) / modules, routing) for v in (by_slot > 0, by_slot < 0))
             per_layer[name] = {
                 "good_share": gains,
                 "bad_share": loses,
@@ -113,7 +124,7 @@ def sars(
             return grads
         for name, layer in layers(grads).items():
             good = goodness(routings[name], signals[name], granularity, neuron_cost)
-            total = _totals(good, routings[name], part(layer, "router").proto)
+            total = _totals(_laid(good, routings[name], granularity), routings[name], part(layer, "router").proto)
             grads = replace_layer(grads, f"{name}.modules".lstrip("."), gate(part(layer, "modules"), total > 0))
         return grads
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import tap as taps
-from tinyonn_jax.layers.routing import Routing, per_module, pooled, served
+from tinyonn_jax.layers.routing import Routing, pooled, served, totals
 
 
 @flax.struct.dataclass
@@ -43,8 +43,7 @@ def _signals(tap: taps.Tap, routing: Routing) -> Signals:
         attribution, param = output, output * jnp.linalg.norm(routing.input.astype(jnp.float32), axis=-1, keepdims=True)
     else:
         attribution, param = jnp.sqrt(tap.attribution), jnp.sqrt(tap.param)
-    module_output = jnp.sqrt(jnp.sum(per_module(tap.output, routing), -2))
-    return Signals(output, attribution, param, module_output, jnp.sqrt(tap.module))
+    return Signals(output, attribution, param, jnp.sqrt(totals(tap.output, routing)), jnp.sqrt(tap.module))
 
 
 def make_taps(routings: Any) -> dict[str, taps.Tap]:
@@ -65,16 +64,17 @@ def summary(routing: Routing, signals: Signals, like: Float[Array, "*L M"]) -> d
     modules = used.shape[-1]
     load = used / jnp.maximum(jnp.sum(used, -1, keepdims=True), 1)
     valid = jnp.maximum(jnp.sum(routing.valid), 1)
-    computed = jnp.maximum(jnp.sum(_computed(routing)), 1)
-    slots = jnp.maximum(jnp.sum(routing.active), 1)
+    slots = jnp.sum(used)  # those in use
+    dropped = jnp.float32(jnp.nan) if routing.dropped is None else jnp.sum(routing.dropped) / jnp.maximum(slots, 1)
+    computed = jnp.maximum(slots if routing.dropped is None else slots - jnp.sum(routing.dropped), 1)
     return {
         "load": load.reshape(-1, modules).mean(0),
-        "active_share": jnp.sum(routing.active) / (valid * modules),
+        "active_share": slots / (valid * modules),
         "usage_entropy": -jnp.mean(jnp.sum(load * jnp.log(jnp.maximum(load, 1e-9)), -1)) / jnp.log(max(modules, 2)),
         "max_load": jnp.mean(jnp.max(load, -1)) * modules,
         "dead_modules": jnp.sum(used == 0),
         "unrouted": jnp.sum(routing.unrouted) / valid,
-        "dropped": jnp.float32(jnp.nan) if routing.dropped is None else jnp.sum(routing.dropped) / slots,
+        "dropped": dropped,
         "gating_acc": _gating_accuracy(routing, signals),
         "surprise_output": jnp.sum(signals.output) / computed,
         "surprise_param": jnp.sum(signals.param) / computed,
