@@ -43,7 +43,7 @@ def goodness(
     belief = drln(_competing(routing.logits, routing))
     if granularity == "module":
         importance, cost = signals.module_output[..., None, :], signals.module_param[..., None, :]
-        used = jnp.any(per_module(jnp.ones_like(routing.weight), routing) > 0, -2, keepdims=True)
+        used = (served(routing) > 0)[..., None, :]
     else:
         importance, cost, used = signals.attribution, signals.param, routing.active
         belief = _competing(per_slot(belief.reshape(routing.logits.shape), routing), routing)
@@ -96,22 +96,22 @@ def sars(
         losses, shares, per_layer = [], [], {}
         for name, routing in routings.items():
             proto = routers[name].proto
-            by_slot = goodness(routing, signals[name], granularity, neuron_cost)
-            good = _laid(by_slot, routing, granularity)
+            good = goodness(routing, signals[name], granularity, neuron_cost)
+            laid = _laid(good, routing, granularity)
             logits = _competing(logits_of(routers[name], routing), routing)
-            prior = logits + sign * good
+            prior = logits + sign * laid
             losses.append(mean_over_tokens(entropy(prior).mean(-1), routing))  # entropy [*R,N,G]
             shares.append(losses[-1] / jnp.log(max(routing.config.per_group, 2)))
             if balance:
                 losses[-1] += balance * imbalance(prior, routing, proto)
             tokens = pooled(jnp.sum(routing.valid, -1, keepdims=True), proto[..., 0])
             modules = routing.config.modules
-            gains, loses = (mean_over_tokens(jnp.sum(v, -1) / modules, routing) for v in (by_slot > 0, by_slot < 0))
+            gains, loses = (mean_over_tokens(jnp.sum(v, -1) / modules, routing) for v in (good > 0, good < 0))
             per_layer[name] = {
                 "good_share": gains,
                 "bad_share": loses,
                 "idle_share": 1 - gains - loses,
-                "goodness": _totals(good, routing, proto) / jnp.maximum(tokens, 1),
+                "goodness": _totals(laid, routing, proto) / jnp.maximum(tokens, 1),
             }
         count = max(len(losses), 1)
         return sum(losses, jnp.float32(0)) / count, {
