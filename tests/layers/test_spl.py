@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from tinyonn_jax.layers import base, dynsiha, moie, spl, tap
-from tinyonn_jax.layers.routing import Router, RouterConfig, Stream, data_init, drln, effective, per_module, route_all
+from tinyonn_jax.layers.routing import (
+    Router,
+    RouterConfig,
+    Stream,
+    data_init,
+    drln,
+    effective,
+    load,
+    per_module,
+    route_all,
+    served,
+)
 from tinyonn_jax.learning import signals as surprise
 
 N, INPUTS, NEURONS = 11, 6, 7
@@ -82,9 +93,25 @@ def test_taps_are_the_gradients_of_every_token(select):
     signals = surprise.read({"a": tapped}, {"a": routing})["a"]
     np.testing.assert_allclose(signals.output, jnp.abs(each.bias), atol=1e-6)  # δ, of which the bias gradient is the sum
     np.testing.assert_allclose(signals.param, jnp.linalg.norm(each.mu, axis=-1), atol=1e-6)
+    np.testing.assert_allclose(signals.module_output, jnp.linalg.norm(each.bias, axis=0), rtol=1e-5)
     np.testing.assert_allclose(signals.module_param, jnp.linalg.norm(grads.modules.mu, axis=-1), rtol=1e-6)
     found = surprise.summary(routing, signals, routing.logits[0])
     assert np.isnan(found["gating_acc"])  # a token uses many neurons and prefers none of them
+    np.testing.assert_allclose(found["surprise_param"], jnp.sum(signals.param) / jnp.sum(routing.active), rtol=1e-5)
+
+
+@pytest.mark.parametrize("select", ["relu", "hard"])
+def test_sums_over_tokens_leave_out_padding(select):
+    cfg = config(select=select)
+    params = layer(cfg)
+    gate = jnp.abs(params.router.gate).at[0].set(9.0)  # the first neuron is too dear for anybody
+    params = replace(params, router=replace(params.router, gate=gate))
+    valid = jnp.arange(N) % 3 != 0
+    routing = spl.apply(params, X.at[1].set(0.0), cfg, valid=valid)[1]  # token 1 matches nothing
+    np.testing.assert_array_equal(served(routing), jnp.sum(routing.active, 0))
+    np.testing.assert_allclose(load(routing).weight, jnp.sum(routing.weight, 0), rtol=1e-6)
+    np.testing.assert_array_equal(routing.unrouted, valid & ~jnp.any(routing.active, -1))
+    assert float(served(routing)[0]) == 0 < jnp.sum(served(routing)) and bool(routing.unrouted[1])
 
 
 def test_per_token_cost_is_importance_renamed():

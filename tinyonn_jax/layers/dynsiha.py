@@ -12,7 +12,7 @@ import flax.struct
 from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import attention, routing, spl
-from tinyonn_jax.layers.tap import Tap
+from tinyonn_jax.layers.tap import NeuronTap
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def apply(
     where: attention.Context | None = None,
     valid: Bool[Array, "B T"] | None = None,
     cache: attention.Cache | None = None,
-    tap: dict[str, Tap] | None = None,
+    tap: dict[str, NeuronTap] | None = None,
 ) -> tuple[Float[Array, "B T D"], dict[str, routing.Routing], attention.Cache | None]:
     """The layer on x: output, routings by role, and the cache with this call's keys and values (None without a cache).
 

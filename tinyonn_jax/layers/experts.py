@@ -62,7 +62,7 @@ def mlp(params: Mlp, x: Float[Array, "*N D"], gated: bool) -> Float[Array, "*N D
 
 def grouped_tap(tap: taps.Tap | None, plan: grouped.Plan) -> grouped.Tap | None:
     """The part of a layer's tap that its grouped matmuls fill, rows in sorted order."""
-    if tap is None or tap.param is None:
+    if tap is None:
         return None
     return grouped.Tap(grouped.permute(tap.param.reshape(-1), plan.order, plan.inverse), tap.module)
 

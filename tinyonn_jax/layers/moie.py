@@ -12,7 +12,7 @@ import flax.struct
 from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import routing, spl
-from tinyonn_jax.layers.tap import Tap
+from tinyonn_jax.layers.tap import NeuronTap
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def apply(
     cfg: Config,
     *,
     valid: Bool[Array, " N"] | None = None,
-    tap: dict[str, Tap] | None = None,
+    tap: dict[str, NeuronTap] | None = None,
 ) -> tuple[Float[Array, "N D"], dict[str, routing.Routing]]:
     """The layer on x; routings (and taps) by role, `first` and `second`."""
     tap = tap or {}

@@ -151,7 +151,7 @@ def _sent(
     module = exchange.forth(index.reshape(-1, 1) % own + 1, route) - 1  # -1: nobody came
     there = given(jnp.maximum(module, 0), module >= 0, own)
     rows_tap = None
-    if tap is not None and tap.param is not None:
+    if tap is not None:
         param = exchange.forth(tap.param.reshape(-1, 1), route)
         rows_tap = taps.Tap(jnp.zeros_like(param), jnp.zeros_like(param), param, tap.module)
     outputs = exchange.back(f(w, exchange.forth(jnp.repeat(x, slots, 0), route), there, rows_tap), route)

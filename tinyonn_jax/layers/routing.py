@@ -73,6 +73,14 @@ class Router:
 
 
 @flax.struct.dataclass
+class Load:
+    """How much each module is used: `count` tokens use it, and give it `weight` in all. Data, without gradient."""
+
+    count: Float[Array, "*R M"]
+    weight: Float[Array, "*R M"]
+
+
+@flax.struct.dataclass
 class Routing:
     """What a router decided for N tokens, as data apart from the modules.
 
@@ -82,6 +90,7 @@ class Routing:
     marks the valid tokens that had no module above zero (in some group) where the selection asks for one. `config` says how
     the decision was made, so that a learning rule can make the logits again from `input`. `dropped` marks the slots in use that
     go without their module, because too many tokens were sent to its device; None where that cannot be (see `layers.parallel`).
+    `load` is there where every module has a slot of its own: sums over as many slots as outputs are best taken on the spot.
     """
 
     logits: Float[Array, "*R N M"]
@@ -93,6 +102,7 @@ class Routing:
     unrouted: Bool[Array, "*R N"]
     config: RouterConfig = flax.struct.field(pytree_node=False)
     dropped: Bool[Array, "*R N K"] | None = None
+    load: Load | None = None
 
     @property
     def slots(self) -> Int[Array, "*R N K"]:
@@ -280,7 +290,11 @@ def route_all(router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: 
     logits = _decide_by(router, x, cfg)
     active = checkpoint_name(logits > 0, "routing") & valid[:, None]
     weight = jnp.where(active, logits if cfg.select == "relu" else 1.0, 0.0)
-    return Routing(logits, None, weight, active, jax.lax.stop_gradient(x), valid, valid & ~jnp.any(active, -1), cfg)
+    data = jax.lax.stop_gradient(weight)
+    total = jnp.sum(data, 0)
+    load = Load(total if cfg.select == "hard" else jnp.sum(active.astype(jnp.float32), 0), total)
+    unrouted = valid & (jnp.sum(data, -1) == 0)  # weights are positive where active
+    return Routing(logits, None, weight, active, jax.lax.stop_gradient(x), valid, unrouted, cfg, load=load)
 
 
 def part(routing: Routing, first: Int[Array, ""], modules: int) -> Routing:
@@ -342,6 +356,13 @@ def totals(values: Float[Array, "*R N K"], routing: Routing) -> Float[Array, "*R
     return jnp.sum(values if routing.index is None else per_module(values, routing), -2)
 
 
+def load(routing: Routing) -> Load:
+    """How much each module is used."""
+    if routing.load is not None:
+        return routing.load
+    return Load(totals(routing.active.astype(jnp.float32), routing), totals(routing.weight, routing))
+
+
 def served(routing: Routing) -> Float[Array, "*R M"]:
     """How many tokens use each module."""
-    return totals(routing.active.astype(jnp.float32), routing)
+    return load(routing).count

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import routing
 from tinyonn_jax.layers.base import Param, normal, zeros
-from tinyonn_jax.layers.tap import Tap
+from tinyonn_jax.layers.tap import NeuronTap
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ def apply(
     cfg: Config,
     *,
     valid: Bool[Array, " N"] | None = None,
-    tap: Tap | None = None,
+    tap: NeuronTap | None = None,
 ) -> tuple[Float[Array, "N O"], routing.Routing]:
     """The layer on x. Tokens where `valid` is false give zero.
 
-    Of the tap, `output` gets |δ|² of every token and neuron, `module` the squared norm ‖dL/dmu_o‖² of every row.
+    The gradient of the tap is |δ| of every token and neuron, ‖x‖ of every token, and of every neuron Σ_n δ² and ‖dL/dmu_o‖².
     """
     chosen = routing.route_all(params.router, x, cfg.router, valid)
     mu, bias = params.modules.mu.astype(x.dtype), params.modules.bias.astype(x.dtype)
@@ -95,7 +95,9 @@ def _neurons_bwd(activation, saved, g):
     d_mu = jnp.matmul(delta.T, x, preferred_element_type=jnp.float32)
     d_weight = (g * f).astype(jnp.float32)
     if tap is not None:
-        tap = Tap(jnp.square(delta.astype(jnp.float32)), None, None, jnp.sum(jnp.square(d_mu), -1))
+        token = jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
+        size = jnp.abs(delta.astype(jnp.float32))
+        tap = NeuronTap(size, token, jnp.sum(jnp.square(size), 0), jnp.sum(jnp.square(d_mu), -1))
     return delta @ mu, d_mu.astype(mu.dtype), jnp.sum(delta, 0), d_weight, tap
 
 

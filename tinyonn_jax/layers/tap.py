@@ -1,9 +1,9 @@
 """Taps: zeros handed to a layer whose gradients are statistics of the gradients flowing past.
 
-A tap changes nothing in the forward pass, and main gradients do not know of it; its backward rule returns squared norms, so
-that one `jax.grad` over (parameters, taps) gives the main gradients and every surprise signal. Squared norms, in float32, so
-that a tap shared by several matrices adds up. The statistics are not linear in the cotangent: scale the loss by c and they
-scale by c².
+A tap changes nothing in the forward pass, and main gradients do not know of it; its backward rule returns norms, so that one
+`jax.grad` over (parameters, taps) gives the main gradients and every surprise signal. Squared norms, in float32, where a tap
+is shared by several matrices, so that they add up. The statistics are not linear in the cotangent: scale the loss by c and
+squared norms scale by c².
 
 Letters: N tokens, K slots, M modules, D model. Source: seed 1 (section 3), seed 3; per-token norms after Goodfellow (2015).
 """
@@ -23,22 +23,37 @@ class Tap:
     `output [N,K]` (w‖g_n‖)²; `attribution [N,K]` ⟨g_n, w f_m(x_n)⟩²; `param [N,K]` squared norm of the parameter gradient that
     one token causes in one module; `module [M]` squared norm of the module's parameter gradient over the whole batch. g_n is
     dL/dy_n, w the slot's weight.
-
-    Neurons need two of them, and the others are None: a neuron's output is a coordinate of its own, so its `output` already tells
-    it apart from the others, and its `param` is that times the norm of the token (see `layers.spl`).
     """
 
     output: Float[Array, "*R N K"]
-    attribution: Float[Array, "*R N K"] | None
-    param: Float[Array, "*R N K"] | None
+    attribution: Float[Array, "*R N K"]
+    param: Float[Array, "*R N K"]
     module: Float[Array, "*R M"]
 
 
-def zeros(routing: Routing) -> Tap:
+@flax.struct.dataclass
+class NeuronTap:
+    """The tap of routed neurons (see `layers.spl`), whose every output is a coordinate of its own.
+
+    `delta [N,M]` |δ_nm|, the gradient of a neuron's pre-activation; `token [N]` ‖x_n‖, so that |δ_nm|·‖x_n‖ is the norm of the
+    parameter gradient that one token causes in one neuron; `output [M]` Σ_n δ_nm²; `module [M]` ‖dL/dmu_m‖².
+    """
+
+    delta: Float[Array, "*R N M"]
+    token: Float[Array, "*R N"]
+    output: Float[Array, "*R M"]
+    module: Float[Array, "*R M"]
+
+
+Taps = dict[str, Tap | NeuronTap]
+"""By the name of their layer, or by role within it."""
+
+
+def zeros(routing: Routing) -> Tap | NeuronTap:
     """The tap that fits a routing (or its `jax.eval_shape`), recursions or layers leading as they do there."""
     slots, modules = routing.weight.shape, routing.logits.shape[:-2] + routing.logits.shape[-1:]
     if routing.index is None:
-        return Tap(jnp.zeros(slots), None, None, jnp.zeros(modules))
+        return NeuronTap(jnp.zeros(slots), jnp.zeros(slots[:-1]), jnp.zeros(modules), jnp.zeros(modules))
     return Tap(jnp.zeros(slots), jnp.zeros(slots), jnp.zeros(slots), jnp.zeros(modules))
 
 

@@ -21,8 +21,8 @@ class Signals:
 
     Per token and slot `[N,K]`: `output` w‖g_n‖, `attribution` |⟨g_n, w f_m(x_n)⟩|, `param` the norm of the parameter gradient
     this token causes in this module ("ghost norm"). Of a neuron `output` and `attribution` are both |δ|, the gradient of its
-    pre-activation, and `param` is |δ|·‖x_n‖. Per module `[M]`: `module_output` √Σ_n w²‖g_n‖² over its tokens,
-    `module_param` ‖dL/dθ_m‖.
+    pre-activation, and `param` is |δ|·‖x_n‖; ‖x_n‖ alone is `token [N]`, for neurons only. Per module `[M]`: `module_output`
+    √Σ_n w²‖g_n‖² over its tokens, `module_param` ‖dL/dθ_m‖.
     """
 
     output: Float[Array, "*R N K"]
@@ -30,23 +30,24 @@ class Signals:
     param: Float[Array, "*R N K"]
     module_output: Float[Array, "*R M"]
     module_param: Float[Array, "*R M"]
+    token: Float[Array, "*R N"] | None = None
 
 
-def read(tapped: dict[str, taps.Tap], routings: dict[str, Routing]) -> dict[str, Signals]:
+def read(tapped: taps.Taps, routings: dict[str, Routing]) -> dict[str, Signals]:
     """The signals of every routed layer, from the gradients of its tap."""
     return {name: _signals(tap, routings[name]) for name, tap in tapped.items()}
 
 
-def _signals(tap: taps.Tap, routing: Routing) -> Signals:
-    output = jnp.sqrt(tap.output)
-    if tap.param is None or tap.attribution is None:
-        attribution, param = output, output * jnp.linalg.norm(routing.input.astype(jnp.float32), axis=-1, keepdims=True)
-    else:
-        attribution, param = jnp.sqrt(tap.attribution), jnp.sqrt(tap.param)
-    return Signals(output, attribution, param, jnp.sqrt(totals(tap.output, routing)), jnp.sqrt(tap.module))
+def _signals(tap: taps.Tap | taps.NeuronTap, routing: Routing) -> Signals:
+    module_param = jnp.sqrt(tap.module)
+    if isinstance(tap, taps.NeuronTap):
+        delta, token = tap.delta, tap.token
+        return Signals(delta, delta, delta * token[..., None], jnp.sqrt(tap.output), module_param, token)
+    output, attribution, param = (jnp.sqrt(v) for v in (tap.output, tap.attribution, tap.param))
+    return Signals(output, attribution, param, jnp.sqrt(totals(tap.output, routing)), module_param)
 
 
-def make_taps(routings: Any) -> dict[str, taps.Tap]:
+def make_taps(routings: Any) -> taps.Taps:
     """Zero taps that fit the routings (or their `jax.eval_shape`)."""
     return {name: taps.zeros(routing) for name, routing in routings.items()}
 
@@ -67,6 +68,9 @@ def summary(routing: Routing, signals: Signals, like: Float[Array, "*L M"]) -> d
     slots = jnp.sum(used)  # those in use
     dropped = jnp.float32(jnp.nan) if routing.dropped is None else jnp.sum(routing.dropped) / jnp.maximum(slots, 1)
     computed = jnp.maximum(slots if routing.dropped is None else slots - jnp.sum(routing.dropped), 1)
+    output = jnp.sum(signals.output, -1)
+    # Of neurons the same, without going through all of them again.
+    param = jnp.sum(signals.param, -1) if signals.token is None else output * signals.token
     return {
         "load": load.reshape(-1, modules).mean(0),
         "active_share": slots / (valid * modules),
@@ -76,8 +80,8 @@ def summary(routing: Routing, signals: Signals, like: Float[Array, "*L M"]) -> d
         "unrouted": jnp.sum(routing.unrouted) / valid,
         "dropped": dropped,
         "gating_acc": _gating_accuracy(routing, signals),
-        "surprise_output": jnp.sum(signals.output) / computed,
-        "surprise_param": jnp.sum(signals.param) / computed,
+        "surprise_output": jnp.sum(output) / computed,
+        "surprise_param": jnp.sum(param) / computed,
     }
 
 

@@ -9,14 +9,14 @@ Letters: N tokens, M modules; a leading axis of recursions or layers.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tinyonn_jax.layers.routing import Routing, pooled, totals
+from tinyonn_jax.layers.routing import Routing, load, pooled
 
 TINY = 1e-12
 
 
 def posterior(routing: Routing, prior: Float[Array, "*L M"]) -> Float[Array, "*L M"]:
     """Each module's share of the weight that a batch gave out, over all recursions; all zero if it gave none."""
-    weight = pooled(totals(routing.weight, routing), prior)
+    weight = pooled(load(routing).weight, prior)
     return weight / jnp.maximum(jnp.sum(weight, -1, keepdims=True), TINY)
 
 

@@ -22,7 +22,7 @@ from tinyonn_jax.layers import attention, dynmoe, dynsiha, dynsiha_plus, experts
 from tinyonn_jax.layers.base import Param, normal, ones, rms_norm, stack
 from tinyonn_jax.layers.layout import whole
 from tinyonn_jax.layers.routing import Router, RouterConfig, Routing, effective, entropy, stream_spec
-from tinyonn_jax.layers.tap import Tap
+from tinyonn_jax.layers.tap import Taps
 
 T = TypeVar("T")
 VOCAB = 14
@@ -140,7 +140,7 @@ def _block(
     isolate: bool,
     where: attention.Context,
     valid: Bool[Array, "B T"] | None,
-    taps: dict[str, Tap] | None,
+    taps: Taps | None,
     cache: attention.Cache | None,
 ):
     """One application of the block: the new x, the routings, the new cache."""
@@ -157,12 +157,12 @@ def _named(layer: str, routings: dict[str, Routing]) -> dict[str, Routing]:
     return {f"{layer}.{role}".rstrip("."): routing for role, routing in routings.items()}
 
 
-def _part_of(taps: dict[str, Tap] | None, layer: str) -> dict[str, Tap]:
+def _part_of(taps: Taps | None, layer: str) -> Any:
     """The taps of one layer, by role."""
     return {name.removeprefix(layer).lstrip("."): tap for name, tap in (taps or {}).items() if name.startswith(layer)}
 
 
-def _attend(params: Any, x: Array, cfg: ModelConfig, isolate: bool, where, valid, tap: dict[str, Tap], cache):
+def _attend(params: Any, x: Array, cfg: ModelConfig, isolate: bool, where, valid, tap, cache):
     match cfg.kind:
         case "dense":
             y, cache = attention.apply(params, x, cfg.head_dim, where, cache)
@@ -175,7 +175,7 @@ def _attend(params: Any, x: Array, cfg: ModelConfig, isolate: bool, where, valid
             return dynsiha.apply(params, x, _attention_config(cfg, isolate), where=where, valid=valid, cache=cache, tap=tap)
 
 
-def _feed(params: Any, x: Array, cfg: ModelConfig, isolate: bool, valid, tap: dict[str, Tap]):
+def _feed(params: Any, x: Array, cfg: ModelConfig, isolate: bool, valid, tap):
     match cfg.kind:
         case "dense":
             return experts.mlp(params, x, cfg.gated), {}
@@ -248,7 +248,7 @@ def apply(
     params: Params,
     batch: Any,
     cfg: ModelConfig,
-    taps: dict[str, Tap] | None = None,
+    taps: Taps | None = None,
     *,
     isolate: bool = True,
     steps: bool = False,

@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array
 
 from tinyonn_jax.layers.routing import Routing
-from tinyonn_jax.layers.tap import Tap
+from tinyonn_jax.layers.tap import Taps
 from tinyonn_jax.learning import signals as surprise
 from tinyonn_jax.learning import variational
 from tinyonn_jax.learning.integrity import predictive_integrity
@@ -36,7 +36,7 @@ class Aux:
     metrics: dict[str, Array]
 
 
-LossFn = Callable[[Any, dict[str, Tap] | None, Any], tuple[Array, Aux]]
+LossFn = Callable[[Any, Taps | None, Any], tuple[Array, Aux]]
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 
