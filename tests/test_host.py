@@ -6,14 +6,17 @@ import pytest
 
 from tinyonn_jax import host
 
+COPIES = "--xla_cpu_copy_insertion_use_region_analysis=true"
+EIGEN = "--xla_cpu_multi_thread_eigen=false"
+
 
 @pytest.mark.parametrize(
     ("cores", "before", "after"),
     [
-        (2, "", "--xla_cpu_multi_thread_eigen=false"),
-        (2, "--xla_dump_to=x", "--xla_dump_to=x --xla_cpu_multi_thread_eigen=false"),
-        (2, "--xla_cpu_multi_thread_eigen=true", "--xla_cpu_multi_thread_eigen=true"),
-        (64, "", ""),
+        (2, "", f"{COPIES} {EIGEN}"),
+        (2, "--xla_dump_to=x", f"--xla_dump_to=x {COPIES} {EIGEN}"),
+        (2, "--xla_cpu_multi_thread_eigen=true", f"--xla_cpu_multi_thread_eigen=true {COPIES}"),
+        (64, "", COPIES),
     ],
 )
 def test_flags(monkeypatch, cores, before, after):
