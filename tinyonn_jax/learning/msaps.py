@@ -46,8 +46,7 @@ def signs(surprise: Float[Array, "*R M"], active: Bool[Array, "*R M"], rate: Flo
 
 def anchors(routing: Routing) -> tuple[Float[Array, "*R M D"], Float[Array, "*R M"]]:
     """The mean input of the tokens that activated each module, and how many they are."""
-    used = per_module(jnp.ones_like(routing.weight), routing)
-    count = jnp.sum(used, -2)
+    used, count = per_module(routing.active.astype(jnp.float32), routing), served(routing)
     total = jnp.einsum("...nm,...nd->...md", used, routing.input.astype(jnp.float32))
     return stop_gradient(total / jnp.maximum(count, 1)[..., None]), count
 
