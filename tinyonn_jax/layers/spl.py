@@ -71,34 +71,34 @@ def apply(
     """
     chosen = routing.route_all(params.router, x, cfg.router, valid)
     mu, bias = params.modules.mu.astype(x.dtype), params.modules.bias.astype(x.dtype)
-    return _neurons(cfg.activation, x, mu, bias, chosen.weight, tap), chosen
+    return _neurons(cfg.activation, x, mu, bias, chosen.weight, chosen.valid, tap), chosen
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _neurons(activation, x, mu, bias, weight, tap):
-    return _neurons_fwd(activation, x, mu, bias, weight, tap)[0]
+def _neurons(activation, x, mu, bias, weight, valid, tap):
+    return _neurons_fwd(activation, x, mu, bias, weight, valid, tap)[0]
 
 
 def _act(activation, u):
     return jax.nn.silu(u) if activation else u
 
 
-def _neurons_fwd(activation, x, mu, bias, weight, tap):
+def _neurons_fwd(activation, x, mu, bias, weight, valid, tap):
     u = x @ mu.T + bias
-    return _act(activation, u) * weight.astype(u.dtype), (x, mu, u, weight, tap)
+    return _act(activation, u) * weight.astype(u.dtype), (x, mu, u, weight, valid, tap)
 
 
 def _neurons_bwd(activation, saved, g):
-    x, mu, u, weight, tap = saved
+    x, mu, u, weight, valid, tap = saved
     f, slope = jax.vjp(partial(_act, activation), u)
     (delta,) = slope(g * weight.astype(g.dtype))
     d_mu = jnp.matmul(delta.T, x, preferred_element_type=jnp.float32)
     d_weight = (g * f).astype(jnp.float32)
     if tap is not None:
-        token = jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
+        token = jnp.where(valid, jnp.linalg.norm(x.astype(jnp.float32), axis=-1), 0)
         size = jnp.abs(delta.astype(jnp.float32))
         tap = NeuronTap(size, token, jnp.sum(jnp.square(size), 0), jnp.sum(jnp.square(d_mu), -1))
-    return delta @ mu, d_mu.astype(mu.dtype), jnp.sum(delta, 0), d_weight, tap
+    return delta @ mu, d_mu.astype(mu.dtype), jnp.sum(delta, 0), d_weight, None, tap
 
 
 _neurons.defvjp(_neurons_fwd, _neurons_bwd)
