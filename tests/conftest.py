@@ -12,9 +12,9 @@ import pytest
 # Programs in tests are compiled once and run for milliseconds, so XLA need not optimise them: compiling is what they wait for.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if jaxlib.__version__.startswith("0.10."):
-    QUICK += " --xla_cpu_use_fusion_emitters=false"
+    QUICK += " --xla_cpu_use_fusion_emitters=false"  # newer ones do not know this flag
 else:
-    QUICK += " --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+    QUICK += " --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"  # nor 0.10 this one
 
 # For the programs that tests start, too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

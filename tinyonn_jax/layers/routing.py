@@ -292,9 +292,9 @@ def route_all(router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: 
     weight = jnp.where(active, logits if cfg.select == "relu" else 1.0, 0.0)
     data = jax.lax.stop_gradient(weight)
     total = jnp.sum(data, 0)
-    load = Load(total if cfg.select == "hard" else jnp.sum(active.astype(jnp.float32), 0), total)
+    count = total if cfg.select == "hard" else jnp.sum(active.astype(jnp.float32), 0)
     unrouted = valid & (jnp.sum(data, -1) == 0)  # weights are positive where active
-    return Routing(logits, None, weight, active, jax.lax.stop_gradient(x), valid, unrouted, cfg, load=load)
+    return Routing(logits, None, weight, active, jax.lax.stop_gradient(x), valid, unrouted, cfg, load=Load(count, total))
 
 
 def part(routing: Routing, first: Int[Array, ""], modules: int) -> Routing:
