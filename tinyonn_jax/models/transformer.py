@@ -264,7 +264,10 @@ def apply(
     valid = jnp.arange(t) < batch.length[:, None]
     x = _embed(params, batch.tokens, batch.task, batch.dihedral, cfg)
     x, every, routings, _, depth = _recurse(params, x, cfg, where, valid, taps, isolate=isolate, keep=steps, stop=stop)
-    return Output(_read_out(params, x), None if every is None else _read_out(params, every), routings, depth)
+    if every is None:
+        return Output(_read_out(params, x), None, routings, depth)
+    logits = _read_out(params, every)
+    return Output(logits[-1], logits, routings, depth)
 
 
 def init_cache(cfg: ModelConfig, batch: int, length: int) -> attention.Cache:
