@@ -11,6 +11,7 @@ import pytest
 from tests.layers.naive import CLOSE, by_module, norms
 from tests.models import tiny
 from tinyonn_jax.config import ModelConfig
+from tinyonn_jax.layers import deferred, grouped
 from tinyonn_jax.learning import signals
 from tinyonn_jax.models import transformer
 from tinyonn_jax.models.transformer import ATTENTION, FEEDFORWARD
@@ -385,3 +386,25 @@ def test_specs_name_the_routed_layers_and_stack_the_blocks():
     assert made.task.shape == (4, 8) and made.embed.shape == (14, 8)
     assert set(apply(tiny.params(tiny.config()), BATCH, cfg=tiny.config()).routings) == {ATTENTION, FEEDFORWARD}
     assert apply(tiny.params(tiny.config("dense")), BATCH, cfg=tiny.config("dense")).routings == {}
+
+
+@pytest.mark.parametrize(("changes", "weights"), [({}, 4), ({"remat": True}, 4), ({"latent_heads": 4}, 2)])
+def test_weights_that_outnumber_rows_get_the_gradient_of_all_recursions_at_once(changes, weights, monkeypatch):
+    """The same gradients and signals as with a sum at every recursion: heads and experts are more numbers than tokens here."""
+    cfg = tiny.config("dyntrm", **{"depth": 3, "experts": 96, "latent_heads": 96, **changes})
+    params = tiny.params(cfg)
+    taps = taps_for(params, cfg)
+
+    def run():
+        return jax.jit(gradients.__wrapped__, static_argnames="cfg")(params, taps, BATCH, cfg=cfg)[2]
+
+    made = []
+    at_once = deferred.weight_gradient
+    monkeypatch.setattr(deferred, "weight_gradient", lambda *args: made.append(args) or at_once(*args))
+    got = run()
+    assert len(made) == weights
+    monkeypatch.setattr(grouped, "loops", lambda: False)
+    want = run()
+    assert len(made) == weights
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.max(np.abs(b)), err_msg=jax.tree_util.keystr(path))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from tinyonn_jax.layers import kernels
+from tinyonn_jax.layers import deferred, kernels
 from tinyonn_jax.layers.kernels import Choice, Kernel
 
 PLATFORMS: dict[str, Kernel] = {"cpu": "loop", "cuda": "padded", "rocm": "padded", "default": "ragged"}
@@ -40,10 +40,20 @@ def using(choice: Choice) -> Iterator[None]:
         _choice.reset(token)
 
 
-def title(choice: Choice, platform: str) -> str:
-    """What a choice comes down to on a platform, in words."""
+def chosen(choice: Choice, platform: str) -> Kernel:
+    """What a choice comes down to on a platform."""
     own = PLATFORMS.get("cuda" if platform == "gpu" else platform, PLATFORMS["default"])
-    return kernels.TITLES[own if choice == "auto" else choice]
+    return own if choice == "auto" else choice
+
+
+def title(choice: Choice, platform: str) -> str:
+    """The same in words."""
+    return kernels.TITLES[chosen(choice, platform)]
+
+
+def loops() -> bool:
+    """Whether what is traced here runs as a loop over blocks, on this machine's own devices."""
+    return chosen(_choice.get(), jax.default_backend()) == "loop"
 
 
 @flax.struct.dataclass
@@ -122,15 +132,18 @@ def dispatch(x: Float[Array, "N I"], p: Plan) -> Float[Array, "P I"]:
 
 def matmul(
     x: Float[Array, "P I"],
-    w: Float[Array, "M I O"],
+    w: Float[Array, "M I O"] | deferred.Weight,
     sizes: Int[Array, " M"],
     tap: Tap | None = None,
 ) -> Float[Array, "P O"]:
     """Row p times the weight of its module; rows past sum(sizes) give zero.
 
     The gradient of `tap`, if given, is for each row the squared norm of the weight gradient that this row alone causes,
-    ‖x_p‖²·‖dL/dy_p‖² (exact: it is an outer product), and for each module ‖dL/dw_m‖², both float32.
+    ‖x_p‖²·‖dL/dy_p‖² (exact: it is an outer product), and for each module ‖dL/dw_m‖², both float32. The gradient of a
+    `deferred.Weight`, and those norms of its modules, go to its port.
     """
+    if isinstance(w, deferred.Weight):
+        return deferred.matmul(x, w, sizes, None if tap is None else tap.rows)
     return _matmul(_choice.get(), x, w, sizes, tap)
 
 

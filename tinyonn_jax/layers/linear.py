@@ -22,18 +22,19 @@ from tinyonn_jax.layers.routing import Routing
 
 def project(x: Float[Array, "N I"], w: Float[Array, "M I O"], routing: Routing, tap: taps.Tap | None) -> Float[Array, "N K O"]:
     """Every slot's map of its token; idle slots give zero. Of the tap, `param` and `module` are filled."""
-    run = _all_project if _all_modules(w, routing) else _sorted_project
+    run = _all_project if all_modules(w.shape[0], routing.weight.shape[1]) else _sorted_project
     return parallel.run(run, [w], [("experts", "embed", None)], x, routing, tap)
 
 
 def merge(x: Float[Array, "N K I"], w: Float[Array, "M I O"], routing: Routing, tap: taps.Tap | None) -> Float[Array, "N O"]:
     """The weighted sum of every slot's map of its own vector. All of the tap is filled."""
-    run = _all_merge if _all_modules(w, routing) else _sorted_merge
+    run = _all_merge if all_modules(w.shape[0], routing.weight.shape[1]) else _sorted_merge
     return parallel.run(run, [w], [("experts", None, "embed")], x, routing, tap)
 
 
-def _all_modules(w: Array, routing: Routing) -> bool:
-    return w.shape[0] <= 4 * routing.weight.shape[1]
+def all_modules(modules: int, slots: int) -> bool:
+    """Whether all modules run on all tokens."""
+    return modules <= 4 * slots
 
 
 # --- sorted pairs -------------------------------------------------------------------------------------------------------

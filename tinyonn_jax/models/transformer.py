@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tinyonn_jax.config import ModelConfig
-from tinyonn_jax.layers import attention, dynmoe, dynsiha, dynsiha_plus, experts, moie
+from tinyonn_jax.layers import attention, deferred, dynmoe, dynsiha, dynsiha_plus, experts, grouped, layout, linear, moie
 from tinyonn_jax.layers.base import Param, normal, ones, rms_norm, stack
-from tinyonn_jax.layers.layout import whole
 from tinyonn_jax.layers.routing import Router, RouterConfig, Routing, effective, entropy, stream_spec
 from tinyonn_jax.layers.tap import Taps
 
@@ -127,9 +126,9 @@ def spec(cfg: ModelConfig, tasks: int) -> Params:
 def _embed(
     params: Params, tokens: Int[Array, "B T"], task: Int[Array, " B"], dihedral: Int[Array, " B"], cfg: ModelConfig
 ) -> Float[Array, "B T D"]:
-    x = whole(params.embed)[tokens] + whole(params.dihedral)[dihedral][:, None]
+    x = layout.whole(params.embed)[tokens] + layout.whole(params.dihedral)[dihedral][:, None]
     if params.task is not None:
-        x = x + jnp.where(task[:, None] >= 0, whole(params.task)[jnp.maximum(task, 0)], 0)[:, None]  # task -1 is blank
+        x = x + jnp.where(task[:, None] >= 0, layout.whole(params.task)[jnp.maximum(task, 0)], 0)[:, None]  # task -1 is blank
     return x.astype(cfg.dtype)
 
 
@@ -196,6 +195,29 @@ def refined(params: T) -> T:
     return jax.tree.map(lambda x: effective(x) if is_router(x) else x, params, is_leaf=is_router)
 
 
+def _defer(block: Block, x: Float[Array, "B T D"], cfg: ModelConfig, taps: Taps | None) -> tuple[Block, dict[str, list]]:
+    """The block with the gradient of its routed weights cut, and the ports that take it, by layer, where it is cheaper to sum it
+    over all recursions at once (see `layers.deferred`)."""
+    ports = {}
+    if cfg.kind != "dyntrm" or not cfg.recursed or cfg.depth == 1 or not grouped.loops() or layout.current() is not None:
+        return block, ports
+    slots = {ATTENTION: cfg.heads * cfg.active_heads, FEEDFORWARD: cfg.active_experts}
+    if linear.all_modules(cfg.latent_heads, slots[ATTENTION]):
+        del slots[ATTENTION]  # one plain matmul, no rows
+    for name, k in slots.items():
+        role = name.removeprefix("block.")
+        layer, norms = getattr(block, role), taps[name].module if taps else None
+        cut, ports[role] = deferred.ports(layer.modules, cfg.depth, x.shape[0] * x.shape[1] * k, cfg.dtype, norms)
+        block = replace(block, **{role: replace(layer, modules=cut)})
+    return block, ports
+
+
+def _attach(block: Block, ports: dict[str, list]) -> Block:
+    """The block of one recursion, with its ports."""
+    layers = {role: getattr(block, role) for role in ports}
+    return replace(block, **{r: replace(x, modules=deferred.attach(x.modules, ports[r])) for r, x in layers.items()})
+
+
 def _recurse(
     params: Params,
     x: Array,
@@ -220,9 +242,9 @@ def _recurse(
 
     def body(carry, per_step):
         x, depth = carry
-        index, block, tap, cache = per_step
+        index, block, tap, cache, port = per_step
         y = x + jnp.where(index > 0, e0, 0) if cfg.inject else x
-        y, routings, cache = run(params.block if block is None else block, y, taps=tap, cache=cache)
+        y, routings, cache = run(_attach(shared, port) if block is None else block, y, taps=tap, cache=cache)
         if stop:
             running = depth == index  # has not stopped before
             x = jnp.where(running[..., None], y, x)
@@ -232,10 +254,11 @@ def _recurse(
         return (x, depth), (x if keep else None, routings, cache)
 
     blocks = None if cfg.recursed else refined(params.block)
+    shared, ports = (params.block, {}) if cache is not None else _defer(params.block, x, cfg, taps)
     start = (x, jnp.zeros(x.shape[:2], jnp.int32))
     # A dense block is a few large kernels, so that copies in and out of the scan's stacks cost a tenth of the step: unroll some.
     unroll = min(cfg.depth, 4) if cfg.kind == "dense" and not cfg.remat else 1
-    per_step = (jnp.arange(cfg.depth), blocks, taps, cache)
+    per_step = (jnp.arange(cfg.depth), blocks, taps, cache, ports)
     (x, depth), (steps, routings, cache) = jax.lax.scan(body, start, per_step, unroll=unroll)
     return x, steps, routings, cache, jnp.minimum(depth + 1, cfg.depth) if stop else depth
 
