@@ -13,7 +13,7 @@ Letters: R recursions, P rows of one call, M modules, I inputs, O outputs of one
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -79,7 +79,7 @@ def _matmul_bwd(saved, g):
     x, w, sizes, rows_tap = saved
     g = jnp.where((jnp.arange(g.shape[0]) < jnp.sum(sizes))[:, None], g, 0)
     rows = None if rows_tap is None else row_norms(True, x, g)
-    return loop.backward_rows(w, sizes, g), Weight(None, Port(x, g, sizes.astype(jnp.float32))), None, rows
+    return loop.backward_rows(w, sizes, g), Weight(cast(Array, None), Port(x, g, sizes.astype(jnp.float32))), None, rows
 
 
 matmul.defvjp(lambda x, weight, sizes, rows: (loop.forward(x, weight.w, sizes), (x, weight.w, sizes, rows)), _matmul_bwd)
