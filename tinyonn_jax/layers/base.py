@@ -104,9 +104,7 @@ def rotation(positions: Int[Array, "B T A"], size: int, base: float = 100.0) -> 
     axis = jnp.arange(pairs) % axes
     frequency = base ** (-(jnp.arange(pairs) // axes) / -(-pairs // axes))
     angle = (positions.astype(jnp.float32)[..., axis] * frequency)[:, :, None]
-    # In a loop, whose results are kept: XLA would fuse cosines and sines into every use and make them anew in each.
-    cos, sin = jax.lax.map(lambda first: jnp.where(first, jnp.cos(angle), jnp.sin(angle)), jnp.array([True, False]))
-    return cos, sin
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotary(x: Float[Array, "B T H C"], turn: tuple[Array, Array]) -> Float[Array, "B T H C"]:

@@ -100,7 +100,7 @@ def logits_of(router: Router, routing: Routing) -> Float[Array, "*R N M"]:
 
     Their values are those that the step routed by; what is computed anew is the gradient, which costs one matmul.
     """
-    return _known(router, routing.input, routing.logits, routing.config)
+    return _known(effective(router), routing.input, routing.logits, routing.config)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -111,12 +111,9 @@ def _known(router, x, logits, config):
 def _known_bwd(config, saved, g):
     router, x = saved
 
-    def logits(router):
-        refined = effective(router)
-        one = lambda r, x: routing_logits(r, x, config)  # noqa: E731
-        return (jax.vmap(one) if refined.proto.ndim == 3 else one)(refined, x)  # stacked blocks: routers of their own
-
-    (d_router,) = jax.vjp(logits, router)[1](g)
+    one = lambda r, x: routing_logits(r, x, config)  # noqa: E731
+    logits = jax.vmap(one) if router.proto.ndim == 3 else one  # stacked blocks: routers of their own
+    (d_router,) = jax.vjp(lambda router: logits(router, x), router)[1](g)
     return d_router, None, None
 
 

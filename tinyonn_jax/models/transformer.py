@@ -218,6 +218,12 @@ def _attach(block: Block, ports: dict[str, list]) -> Block:
     return replace(block, **{r: replace(x, modules=deferred.attach(x.modules, ports[r])) for r, x in layers.items()})
 
 
+def _once(cos: Array, sin: Array) -> tuple[Array, Array]:
+    """Both, out of a loop: outside of any, XLA would fuse them into every use and make them anew in each."""
+    first, second = jax.lax.map(lambda is_first: jnp.where(is_first, cos, sin), jnp.array([True, False]))
+    return first, second
+
+
 def _recurse(
     params: Params,
     x: Array,
@@ -235,6 +241,10 @@ def _recurse(
     With `stop` a token keeps its state once its output entropy is below it; its keys and values follow from that state.
     """
     e0 = x
+    # A dense block is a few large kernels, so that copies in and out of the scan's stacks cost a tenth of the step: unroll some.
+    unroll = min(cfg.depth, 4) if cfg.kind == "dense" and not cfg.remat else 1
+    if unroll == cfg.depth:
+        where = replace(where, turn=_once(*where.turn))
     run = partial(_block, cfg=cfg, isolate=isolate, where=where, valid=valid)
     if cfg.remat:
         # Decisions are saved, everything else is computed again: a recomputed low-precision logit cannot flip one (seed 2).
@@ -256,8 +266,6 @@ def _recurse(
     blocks = None if cfg.recursed else refined(params.block)
     shared, ports = (params.block, {}) if cache is not None else _defer(params.block, x, cfg, taps)
     start = (x, jnp.zeros(x.shape[:2], jnp.int32))
-    # A dense block is a few large kernels, so that copies in and out of the scan's stacks cost a tenth of the step: unroll some.
-    unroll = min(cfg.depth, 4) if cfg.kind == "dense" and not cfg.remat else 1
     per_step = (jnp.arange(cfg.depth), blocks, taps, cache, ports)
     (x, depth), (steps, routings, cache) = jax.lax.scan(body, start, per_step, unroll=unroll)
     return x, steps, routings, cache, jnp.minimum(depth + 1, cfg.depth) if stop else depth
