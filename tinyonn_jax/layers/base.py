@@ -87,19 +87,19 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float = 1e
     return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps) * scale).astype(x.dtype).reshape(x.shape)
 
 
-def _layer_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float = 1e-6) -> Array:
+def _layer_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], bias: Float[Array, " D"]) -> Array:
     """(x - mean) / std · scale + bias over the last axis, in float32 (Ba et al., 2016)."""
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, -1, keepdims=True)
-    return (centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + eps) * scale + bias).astype(x.dtype)
+    return (centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + 1e-6) * scale + bias).astype(x.dtype)
 
 
-layer_norm = jax.custom_vjp(_layer_norm, nondiff_argnums=(3,))
+layer_norm = jax.custom_vjp(_layer_norm)
 # Only what goes in is kept for the backward pass: so the forward pass is one and the same program wherever it is made, and
 # prototypes that are refined for the model and for a routers' loss are refined once.
 layer_norm.defvjp(
-    lambda x, scale, bias, eps: (layer_norm(x, scale, bias, eps), (x, scale, bias)),
-    lambda eps, saved, g: jax.vjp(lambda *args: _layer_norm(*args, eps), *saved)[1](g),
+    lambda x, scale, bias: (layer_norm(x, scale, bias), (x, scale, bias)),
+    lambda saved, g: jax.vjp(_layer_norm, *saved)[1](g),
 )
 
 
