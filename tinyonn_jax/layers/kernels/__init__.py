@@ -37,19 +37,25 @@ def load(kernel: Kernel) -> Any:
     return importlib.import_module(f"{__name__}.{kernel}")
 
 
-def blocks(sizes: Int[Array, " M"], block: int) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
+def blocks(sizes: Int[Array, " M"], block: int, skip: int = 0) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
     """How many blocks of at most `block` rows there are, and a function from a block's number (or many) to its module, its first
-    row and its number of rows; 0 or less from the last block on. P rows have at most ⌊P / block⌋ + M of them.
+    row and its number of rows; 0 or less from the last block on. P rows have at most ⌊P / block⌋ + M of them. The first `skip`
+    rows of every module are in none.
     """
-    ends = jnp.cumsum(sizes)
-    last = jnp.cumsum(-(-sizes // block))
+    ends, rest = jnp.cumsum(sizes), jnp.maximum(sizes - skip, 0)
+    last = jnp.cumsum(-(-rest // block))
 
     def locate(i):
         m = jnp.minimum(jnp.searchsorted(last, i, side="right", method="compare_all"), sizes.shape[0] - 1)
-        first = ends[m] - sizes[m] + (i - last[m] + -(-sizes[m] // block)) * block
+        first = ends[m] - rest[m] + (i - last[m] + -(-rest[m] // block)) * block
         return m, first, jnp.minimum(ends[m] - first, block)
 
     return last[-1], locate
+
+
+def take(x: Float[Array, "P I"], index: Int[Array, "*N"]) -> Float[Array, "*N I"]:
+    """x[index], zeros for what is past the end."""
+    return x.at[index].get(mode="fill", fill_value=0)
 
 
 def power_of_two(x: int, least: int, most: int) -> int:

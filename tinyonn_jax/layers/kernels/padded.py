@@ -7,7 +7,7 @@ blocks, B rows of each.
 import jax.numpy as jnp
 from jax.ops import segment_sum
 
-from tinyonn_jax.layers.kernels import blocks, module_norms, power_of_two, row_norms
+from tinyonn_jax.layers.kernels import blocks, module_norms, power_of_two, row_norms, take
 
 
 def _layout(sizes, pairs):
@@ -22,19 +22,15 @@ def _layout(sizes, pairs):
     return module, row, place
 
 
-def _take(x, index):
-    return x.at[index].get(mode="fill", fill_value=0)
-
-
 def forward(x, w, sizes):
     module, row, place = _layout(sizes, x.shape[0])
-    return _take(jnp.matmul(_take(x, row), w[module]).reshape(row.size, -1), place)
+    return take(jnp.matmul(take(x, row), w[module]).reshape(row.size, -1), place)
 
 
 def backward(tapped, x, w, sizes, g):
     module, row, place = _layout(sizes, x.shape[0])
-    part_x, part_g = _take(x, row), _take(g, row)
-    dx = _take(jnp.matmul(part_g, w[module].swapaxes(1, 2)).reshape(row.size, -1), place)
+    part_x, part_g = take(x, row), take(g, row)
+    dx = take(jnp.matmul(part_g, w[module].swapaxes(1, 2)).reshape(row.size, -1), place)
     each = jnp.matmul(part_x.swapaxes(1, 2), part_g, preferred_element_type=jnp.float32)
     dw = segment_sum(each, module, w.shape[0], indices_are_sorted=True)
     rows = row_norms(tapped, x, jnp.where((place < row.size)[:, None], g, 0))
