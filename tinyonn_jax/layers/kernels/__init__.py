@@ -37,7 +37,9 @@ def load(kernel: Kernel) -> Any:
     return importlib.import_module(f"{__name__}.{kernel}")
 
 
-def blocks(sizes: Int[Array, " M"], block: int, skip: int = 0) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
+def blocks(
+    sizes: Int[Array, " M"], block: int, skip: int | Array = 0
+) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
     """How many blocks of at most `block` rows there are, and a function from a block's number (or many) to its module, its first
     row and its number of rows; 0 or less from the last block on. P rows have at most ⌊P / block⌋ + M of them. The first `skip`
     rows of every module are in none.
@@ -56,6 +58,11 @@ def blocks(sizes: Int[Array, " M"], block: int, skip: int = 0) -> tuple[Array, C
 def take(x: Float[Array, "P I"], index: Int[Array, "*N"]) -> Float[Array, "*N I"]:
     """x[index], zeros for what is past the end."""
     return x.at[index].get(mode="fill", fill_value=0)
+
+
+def places(row: Int[Array, "*N"], pairs: int) -> Int[Array, " P"]:
+    """Where in `row` each of P rows stands; past its end: nowhere."""
+    return jnp.full(pairs, row.size).at[row.reshape(-1)].set(jnp.arange(row.size), mode="drop", unique_indices=True)
 
 
 def power_of_two(x: int, least: int, most: int) -> int:

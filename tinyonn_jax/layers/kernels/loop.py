@@ -1,4 +1,4 @@
-"""For CPUs: a loop over blocks of rows, as many as the load asks for, so that nothing is dropped and nothing is padded.
+"""For CPUs: a loop over blocks of rows, as many as the load asks for, so that nothing is dropped.
 
 Where the load is even, the first rows of every module are one batched matmul instead, which keeps all cores busy, and the loop
 runs the rest: what a layer of fixed capacity would drop. Where it is not, that would multiply mostly zeros.
@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tinyonn_jax.layers.kernels import blocks, module_norms, row_norms, take
+from tinyonn_jax.layers.kernels import blocks, module_norms, places, row_norms, take
 
-EVEN = 32
+LEAST_ROOM = 32
 """Where a batched matmul has room for fewer rows of a module than this, the loop runs them all."""
 
 
@@ -81,7 +81,7 @@ def backward(tapped, x, w, sizes, g):
         return _put(dx, part_dx, first, rows), dw
 
     dx, dw = lax.fori_loop(0, count, body, start)
-    rows = jnp.where(jnp.arange(pairs) < jnp.sum(sizes), row_norms(True, x, g), 0) if tapped else jnp.zeros(0)
+    rows = row_norms(tapped, x, jnp.where((jnp.arange(pairs) < jnp.sum(sizes))[:, None], g, 0))
     return dx[:pairs], dw.astype(w.dtype), rows, module_norms(tapped, dw)
 
 
@@ -103,11 +103,10 @@ def _started(batched, sizes, pairs):
 
     def even():
         row = jnp.where(lane < sizes[:, None], start[:, None] + lane, pairs + behind)
-        place = jnp.full(pairs + behind, row.size).at[row.reshape(-1)].set(jnp.arange(row.size), mode="drop", unique_indices=True)
-        return batched(row, place), room
+        return batched(row, places(row, pairs + behind)), room
 
     nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(even)[0])
-    if room < EVEN:
+    if room < LEAST_ROOM:
         return nothing, 0
     beyond = jnp.sum(jnp.maximum(sizes - room, 0))
     return lax.cond(4 * beyond <= jnp.sum(sizes), even, lambda: (nothing, 0))

@@ -7,7 +7,7 @@ blocks, B rows of each.
 import jax.numpy as jnp
 from jax.ops import segment_sum
 
-from tinyonn_jax.layers.kernels import blocks, module_norms, power_of_two, row_norms, take
+from tinyonn_jax.layers.kernels import blocks, module_norms, places, power_of_two, row_norms, take
 
 
 def _layout(sizes, pairs):
@@ -18,7 +18,7 @@ def _layout(sizes, pairs):
     module, first, rows = blocks(sizes, block)[1](jnp.arange(number))
     inside = jnp.arange(block)
     row = jnp.where(inside < rows[:, None], first[:, None] + inside, pairs)
-    place = jnp.full(pairs, row.size).at[row.reshape(-1)].set(jnp.arange(row.size), mode="drop", unique_indices=True)
+    place = places(row, pairs)
     return module, row, place
 
 
