@@ -4,7 +4,6 @@ import time
 
 STARTED = time.time()  # before the imports, which take seconds
 
-import json  # noqa: E402
 import sys  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -87,7 +86,7 @@ def predict(args: cli.Predict) -> None:
     predictions = runs.load(run, checkpoint, print).answer((task,))
     for line in predictions.too_long:
         print(line)
-    entries = json.loads(submission.to_json(predictions))["tasks"][task.id]
+    entries = submission.entries(predictions)[task.id]
     shown = [(pair.input.tolist(), pair.output.tolist()) for pair in task.train if pair.output is not None]
     for i, (question, answer) in enumerate(shown, 1):
         print_grids([(f"input {i}", question), (f"output {i}", answer)])
@@ -103,9 +102,9 @@ def write_report(args: cli.Report) -> None:
 
 
 def compare(args: cli.Compare) -> None:
-    from tinyonn_jax.observe import report
+    from tinyonn_jax.observe import compare
 
-    print(report.compare(args.workdirs, args.picture))
+    print(compare.compare(args.workdirs, args.picture))
 
 
 COMMANDS = {

@@ -17,7 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,25 +74,26 @@ def presets() -> Iterator[Row]:
         yield Row(f"presets: step with signals and SARS ÷ plain step, {', '.join(names)}", m["signals"] / m["plain"], 1.03)
 
 
+def _experts(e: int, n: int = 2048, d: int = 256, f: int = 256) -> tuple[Any, Any, Any, Callable[[Any, Any], Any]]:
+    """Parameters of e experts, tokens, their routing with two slots, and a loss of what the experts make of them."""
+    cfg, x = RouterConfig(modules=e, slots=2), jax.random.normal(jax.random.key(0), (n, d))
+    params = base.init(jax.random.key(1), experts.mlp_spec(d, f, False, e))
+    routing = route(base.init(jax.random.key(2), router_spec(d, cfg)), x, cfg)
+    return params, x, routing, lambda params, x: jnp.sum(experts.routed_mlp(params, x, routing, False) ** 2)
+
+
 def grouped() -> Iterator[Row]:
     """Dropless grouped experts against every expert on every token under a mask: forward and backward."""
-    n, d, f = 2048, 256, 256
-    x = jax.random.normal(jax.random.key(0), (n, d))
     for e, limit in ((8, 0.40), (32, 0.12), (128, 0.08)):
-        cfg = RouterConfig(modules=e, slots=2)
-        params = base.init(jax.random.key(1), experts.mlp_spec(d, f, False, e))
-        routing = route(base.init(jax.random.key(2), router_spec(d, cfg)), x, cfg)
+        params, x, routing, routed = _experts(e)
         weight = per_module(routing.weight, routing)
-
-        def routed(params, x, routing=routing):
-            return jnp.sum(experts.routed_mlp(params, x, routing, False) ** 2)
 
         def dense(params, x, weight=weight):
             h = jax.nn.silu(jnp.einsum("nd,edf->enf", x, params.w_in))
             return jnp.sum(jnp.einsum("enf,efd,ne->nd", h, params.w_out, weight) ** 2)
 
         a, b = jax.jit(jax.grad(routed, (0, 1))), jax.jit(jax.grad(dense, (0, 1)))
-        m = medians({"grouped": lambda a=a, p=params: a(p, x), "dense": lambda b=b, p=params: b(p, x)}, repeats=5)
+        m = medians({"grouped": partial(a, params, x), "dense": partial(b, params, x)}, repeats=5)
         yield Row(f"grouped: dropless ÷ dense with mask, E={e}, K=2", m["grouped"] / m["dense"], limit)
 
 
@@ -104,18 +107,12 @@ def library() -> Iterator[Row]:
 
 def capacity() -> Iterator[Row]:
     """Dropless grouped experts against a batched einsum of 1.25 times the mean load, which drops tokens: forward and backward."""
-    n, d, f, k = 2048, 256, 256, 2
-    x = jax.random.normal(jax.random.key(0), (n, d))
     for e in (8, 32, 128):
-        cfg = RouterConfig(modules=e, slots=k)
-        params = base.init(jax.random.key(1), experts.mlp_spec(d, f, False, e))
-        routing = route(base.init(jax.random.key(2), router_spec(d, cfg)), x, cfg)
+        params, x, routing, dropless = _experts(e)
+        (n, d), k = x.shape, routing.slots.shape[-1]
         room = -(-5 * n * k // (4 * e))
 
-        def dropless(params, x, routing=routing):
-            return jnp.sum(experts.routed_mlp(params, x, routing, False) ** 2)
-
-        def capped(params, x, routing=routing, e=e, room=room):
+        def capped(params, x, routing=routing, e=e, n=n, d=d, k=k, room=room):
             plan = grouped_matmul.plan(routing.slots, routing.active, e)
             module = routing.slots.reshape(-1)
             rank = plan.inverse - (jnp.cumsum(plan.sizes) - plan.sizes)[module]
@@ -128,7 +125,7 @@ def capacity() -> Iterator[Row]:
             return jnp.sum(jnp.einsum("nkd,nk->nd", y.reshape(n, k, d), routing.weight) ** 2)
 
         a, b = jax.jit(jax.grad(dropless, (0, 1))), jax.jit(jax.grad(capped, (0, 1)))
-        m = medians({"dropless": lambda a=a, p=params: a(p, x), "capped": lambda b=b, p=params: b(p, x)})
+        m = medians({"dropless": partial(a, params, x), "capped": partial(b, params, x)})
         yield Row(f"capacity: dropless ÷ einsum of capacity 1.25, E={e}, K=2", m["dropless"] / m["capped"], 1.3)
 
 

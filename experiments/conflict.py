@@ -34,13 +34,13 @@ from tinyonn_jax.config import ConfigError, OptimConfig
 from tinyonn_jax.layers import base, sbl, spl
 from tinyonn_jax.layers.routing import RouterConfig
 from tinyonn_jax.learning.conflict import meet, meta_gradient
-from tinyonn_jax.learning.rule import LearningRule, MetaState, layers, none, replace_layer, routers
+from tinyonn_jax.learning.rule import LearningRule, MetaState, none, routers, without_routers
 from tinyonn_jax.learning.sars import sars
 from tinyonn_jax.observe import axes
 from tinyonn_jax.observe.conflict import conflict_figure
 from tinyonn_jax.observe.console import table
+from tinyonn_jax.observe.files import write_atomically
 from tinyonn_jax.observe.metrics import column, percent
-from tinyonn_jax.observe.writers import write_atomically
 from tinyonn_jax.presets import PRESETS
 from tinyonn_jax.training import Aux, TrainState, make_train_step
 from tinyonn_jax.training.loop import DivergedError
@@ -113,7 +113,7 @@ class Network:
 
 def readout() -> dict[str, base.Param]:
     """A linear map from the last layer to colours, of which no regulariser knows."""
-    w = base.Param((HIDDEN, COLOURS), (None, None), base.fan_in())
+    w = base.Param((HIDDEN, COLOURS), (None, None), base.fan_in)
     return {"w_out": w, "bias": base.Param((COLOURS,), (None,), base.zeros)}
 
 
@@ -165,13 +165,6 @@ def routed(inputs: int, isolate: bool) -> Network:
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------------
-
-
-def without_routers(grads: Any) -> Any:
-    """A tree of gradients with nothing in place of its routers."""
-    for name in layers(grads):
-        grads = replace_layer(grads, f"{name}.router", None)
-    return grads
 
 
 def leaves(grads: Any, name: str) -> list[Array]:

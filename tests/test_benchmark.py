@@ -1,29 +1,20 @@
 """The benchmark's own arithmetic, and the GPU script at a tiny size on this CPU."""
 
-import importlib
 import json
 import math
-from pathlib import Path
 
+import gpu
 import numpy as np
 import pytest
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
-
-@pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))  # as a script there imports its neighbours
-    return importlib.import_module("gpu")
-
-
-def test_parity_and_attention_pass_here(gpu):
+def test_parity_and_attention_pass_here():
     rows = [*gpu.parity(gpu.TINY), *gpu.attending(gpu.TINY)]
     assert [row.ok for row in rows] == [True] * (len(rows) - 1) + [None]  # the last asks for cuDNN
     assert {row.row.split()[1].rstrip(",") for row in rows} >= {"loop", "ragged", "pallas", "padded", "dense"}
 
 
-def test_what_fails_or_has_no_time_is_said(gpu, monkeypatch, tmp_path):
+def test_what_fails_or_has_no_time_is_said(monkeypatch, tmp_path):
     def broken(sizes):
         yield gpu.attempt("one", 1.0, lambda: math.sqrt(-1))
         yield gpu.Row("two", 2.0, 1.0)
@@ -39,13 +30,13 @@ def test_what_fails_or_has_no_time_is_said(gpu, monkeypatch, tmp_path):
     assert [(row.row, row.ok) for row in late] == [("broken: no time left", None)] * 2
 
 
-def test_relative_error_is_the_worst_array(gpu):
+def test_relative_error_is_the_worst_array():
     assert gpu.distance((np.array([3.0, 4.0]), np.ones(2)), (np.array([3.0, 4.5]), np.ones(2))) == pytest.approx(
         0.5 / math.hypot(3.0, 4.5)
     )
 
 
-def test_useful_flops_by_hand(gpu):
+def test_useful_flops_by_hand():
     """Two sequences of 4 tokens, prefix 2, one recursion: the second half of the mask is causal."""
     model = gpu.ModelConfig(
         dim=10, heads=2, head_dim=6, latent_heads=4, experts=4, active_experts=2, expert_hidden=3, depth=1, gated=False

@@ -4,17 +4,17 @@ import json
 import sys
 from functools import partial
 
+import conflict
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import conflict
 from tinyonn_jax import cli
 from tinyonn_jax.arc.tasks import Pair, load_task_sets
 from tinyonn_jax.layers import base
-from tinyonn_jax.learning.rule import routers
+from tinyonn_jax.learning.rule import routers, without_routers
 from tinyonn_jax.presets import PRESETS
 from tinyonn_jax.training import step as training
 
@@ -66,8 +66,8 @@ def test_measured_gradients_are_those_of_the_train_step_and_isolation_is_exact(b
     taken = jax.jit(lambda *now: training.gradients(network.loss, network.rule, *now)[0])(params, meta, batch)
     jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a + b, c, rtol=1e-4, atol=1e-6), task, regulariser, taken)
     assert zero(routers(task)) == isolate
-    assert zero(conflict.without_routers(regulariser))
-    assert not zero(routers(regulariser)) and not zero(conflict.without_routers(task))
+    assert zero(without_routers(regulariser))
+    assert not zero(routers(regulariser)) and not zero(without_routers(task))
 
 
 def test_the_measured_gradient_of_an_sbl_is_the_mean_over_draws(batch):

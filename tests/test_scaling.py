@@ -4,8 +4,9 @@ import dataclasses
 import json
 
 import pytest
+import scaling
+from hlo import Collective, Reading, read
 
-from experiments import scaling
 from tests.models import tiny
 from tinyonn_jax.config import Config, LearningConfig, MeshConfig, OptimConfig
 from tinyonn_jax.models import transformer
@@ -52,7 +53,7 @@ ENTRY %main (p: f32[10]) -> f32[10] {
 
 
 def test_a_program_by_hand():
-    got = scaling.read(PROGRAM, 8)
+    got = read(PROGRAM, 8)
     gather, reduce, scatter, swap, everywhere = got.collectives
     assert (gather.kind, gather.shapes, gather.axis, gather.times) == ("all-gather", ((4, 6),), 1, 15)
     assert gather.groups == ((0, 2), (1, 3), (4, 6), (5, 7))
@@ -70,13 +71,13 @@ def test_a_program_by_hand():
 
 def test_collectives_in_loops_of_unknown_length_are_noticed():
     text = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
-    got = scaling.read(text, 8)
+    got = read(text, 8)
     assert (got.unknown, got.flops, got.loops) == (1, 0, 2)
 
 
 def test_groups_that_are_not_understood_stop_it():
     with pytest.raises(ValueError, match="not understood"):
-        scaling.read(PROGRAM.replace("replica_groups={}", "replica_groups=new(8)"), 8)
+        read(PROGRAM.replace("replica_groups={}", "replica_groups=new(8)"), 8)
 
 
 MODEL = tiny.config(dim=16, latent_heads=16, experts=24, expert_hidden=10)
@@ -96,9 +97,9 @@ ROWS, LENGTH = 4, 9
     ],
 )
 def test_what_must_not_be_gathered(shape, axis, words):
-    gather = scaling.Collective("all-gather", (shape,), 4, ((0, 1),), axis, 1)
+    gather = Collective("all-gather", (shape,), 4, ((0, 1),), axis, 1)
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(2, 2, 2))
-    found = scaling.forbidden(scaling.Reading((gather,), 0, 0, 0), transformer.spec(MODEL, 3), config, ROWS, LENGTH)
+    found = scaling.forbidden(Reading((gather,), 0, 0, 0), transformer.spec(MODEL, 3), config, ROWS, LENGTH)
     assert words in found and bool(words) == bool(found)
 
 
@@ -112,7 +113,7 @@ def test_flops_by_hand():
 
 
 def row(mesh: MeshConfig, payload: int, group: tuple[int, ...] = (0, 1)) -> scaling.Figures:
-    reading = scaling.Reading((scaling.Collective("all-reduce", ((payload,),), payload, (group,), None, 1),), 0, 0, 0)
+    reading = Reading((Collective("all-reduce", ((payload,),), payload, (group,), None, 1),), 0, 0, 0)
     return scaling.Figures(mesh, 1.0, 2e12, 1.0, 1, 1, reading)
 
 

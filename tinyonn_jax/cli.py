@@ -33,6 +33,9 @@ Workdir = Annotated[Path, tyro.conf.arg(help="Run folder, for instance runs/a.")
 _ONE_OF_MANY = "TPU pod, Slurm, Open MPI, or JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID"
 Distributed = Annotated[bool, tyro.conf.arg(help=f"One process of many: {_ONE_OF_MANY}.")]
 PRESET_LINES = "\n".join(f"{name}: {line}" for name, (line, _) in PRESETS.items())
+From = Annotated[Preset, tyro.conf.arg(help=f"Where the defaults of all other fields come from.\n{PRESET_LINES}\n")]
+_KEPT = "Keep compiled programs in the user's cache folder, so that the next start takes seconds."
+Cached = Annotated[bool, tyro.conf.arg(help=_KEPT)]
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,8 @@ class Train:
 
     workdir: Workdir
     config: Annotated[Config, Flat]
-    preset: Annotated[Preset, tyro.conf.arg(help=f"Where the defaults of all other fields come from.\n{PRESET_LINES}\n")] = "demo"
-    compilation_cache: bool = True
-    """Keep compiled programs in the user's cache folder, so that the next start takes seconds."""
+    preset: From = "demo"
+    compilation_cache: Cached = True
     distributed: Distributed = False
 
 
@@ -59,17 +61,14 @@ class Continual:
 
     workdir: Workdir
     config: Annotated[Config, Flat]
-    preset: Annotated[Preset, tyro.conf.arg(help=f"Where the defaults of all other fields come from.\n{PRESET_LINES}\n")] = (
-        "continual"
-    )
+    preset: From = "continual"
     networks: tuple[str, ...] = NETWORKS
     """Kinds and learning rules, as KIND/RULE; they take the place of model.kind and learning.rule."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each network; they take the place of train.seed."""
     parameters: int = 100_000
     """Parameters of the blocks, the same for every network; hidden widths follow from it."""
-    compilation_cache: bool = True
-    """Keep compiled programs in the user's cache folder, so that the next start takes seconds."""
+    compilation_cache: Cached = True
 
     def __post_init__(self):
         for name in self.networks:
@@ -92,8 +91,7 @@ class Trained:
     mesh: MeshConfig
     checkpoint: str = "latest"
     """Which one: latest, best (by held-out demonstrations, data.holdout), or the number of a step."""
-    compilation_cache: bool = True
-    """Keep compiled programs in the user's cache folder, so that the next start takes seconds."""
+    compilation_cache: Cached = True
 
 
 @dataclass(frozen=True)

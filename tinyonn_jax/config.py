@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tinyonn_jax.layers.base import wrong_choices
 from tinyonn_jax.layers.kernels import Choice
 
 Kind = Literal["dense", "dyntrm", "dfc", "dfc_hard"]
@@ -22,6 +23,11 @@ class ConfigError(ValueError):
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise ConfigError(message)
+
+
+def _require_choices(config: Any, section: str) -> None:
+    for wrong in wrong_choices(config):
+        raise ConfigError(f"{section}.{wrong}")
 
 
 @dataclass(frozen=True)
@@ -78,16 +84,18 @@ class ModelConfig:
     """Add a learned embedding of the task to every token (data.format pair); false works on unseen tasks."""
     rope_base: float = 100.0
     """Longest wavelength of the rotary positions, in cells over two pi."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations; parameters, norms, softmax and signals stay float32."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of activations; parameters, norms, softmax and signals stay float32. float16 overflows sooner: no loss is scaled."""
 
     def __post_init__(self):
+        _require_choices(self, "model")
         for name in ("dim", "heads", "head_dim", "hidden", "experts", "active_experts", "expert_hidden", "depth"):
             least = 0 if name == "hidden" and self.neurons else 1
             _require(getattr(self, name) >= least, f"model.{name} must be at least {least}, got {getattr(self, name)}")
         _require(
             self.head_dim % 2 == 0 and self.head_dim >= 6, f"model.head_dim must be even and at least 6, got {self.head_dim}"
         )
+        _require(self.rope_base > 0, f"model.rope_base must be positive, got {self.rope_base}")
         _require(self.shared_experts >= 0, f"model.shared_experts must not be negative, got {self.shared_experts}")
         _require(0.0 <= self.deep_supervision <= 1.0, f"model.deep_supervision must lie in [0, 1], got {self.deep_supervision}")
         _require(
@@ -109,6 +117,11 @@ class ModelConfig:
                 f"model.active_experts ({self.active_experts}) must not exceed model.experts ({self.experts}); lower it, or "
                 "raise --model.experts",
             )
+
+    @property
+    def graded(self) -> bool:
+        """Whether weights of selected modules follow their logits (dyntrm)."""
+        return self.select in ("relu", "threshold") or (self.select == "top_k" and self.weight != "hard")
 
     @property
     def neurons(self) -> bool:
@@ -150,6 +163,7 @@ class LearningConfig:
     """Predictive integrity: gamma, the weight of surprise."""
 
     def __post_init__(self):
+        _require_choices(self, "learning")
         for name in ("l2", "renew"):
             _require(getattr(self, name) >= 0, f"learning.{name} must not be negative, got {getattr(self, name)}")
         _require(self.temperature > 0, f"learning.temperature must be positive, got {self.temperature}")
@@ -187,6 +201,7 @@ class OptimConfig:
     """Consecutive steps with a non-finite loss or gradient after which the run stops."""
 
     def __post_init__(self):
+        _require_choices(self, "optim")
         _require(
             0 <= self.warmup <= self.decay_from <= 1,
             f"optim.warmup ({self.warmup}) and optim.decay_from ({self.decay_from}) must satisfy 0 <= warmup <= decay_from <= 1",
@@ -229,6 +244,7 @@ class DataConfig:
     """Train on the valid tasks and report how many were skipped, instead of refusing to start."""
 
     def __post_init__(self):
+        _require_choices(self, "data")
         _require(len(self.train) > 0, "data.train must name at least one source")
         _require(
             len(self.buckets) > 0
@@ -288,9 +304,11 @@ class EvalConfig:
     """Replace the task embedding by zero, to measure how much the score leans on it."""
 
     def __post_init__(self):
+        _require_choices(self, "eval")
         _require(self.augmentations >= 1, f"eval.augmentations must be at least 1, got {self.augmentations}")
         _require(0 < self.min_probability <= 1, f"eval.min_probability must lie in (0, 1], got {self.min_probability}")
         _require(self.batch >= 1, f"eval.batch must be at least 1, got {self.batch}")
+        _require(self.entropy_stop >= 0, f"eval.entropy_stop must not be negative, got {self.entropy_stop}")
 
 
 @dataclass(frozen=True)
@@ -304,13 +322,14 @@ class MeshConfig:
     expert: int = 1
     """Devices that share the experts and latent heads (dyntrm); must divide --model.experts and --model.latent-heads."""
     grouped: Choice = "auto"
-    """Kernel of routed modules; auto: the platform's; loop: over blocks; ragged: lax.ragged_dot; dense: all on every row."""
+    """Kernel of routed modules; auto: the platform's; loop, padded: in blocks; ragged, tokamax: ragged_dot; dense: all."""
     dispatch: Dispatch = "replicate"
     """Along mesh.expert, replicate: devices have the same tokens; all-to-all: each has its own and sends them to the experts."""
     capacity: float = 2.0
     """all-to-all: most tokens from one device to another in training, in even shares; those beyond are dropped, and counted."""
 
     def __post_init__(self):
+        _require_choices(self, "mesh")
         _require(
             self.data >= 0 and self.fsdp >= 1 and self.expert >= 1,
             "mesh.data must not be negative, mesh.fsdp and mesh.expert at least 1",
@@ -339,8 +358,9 @@ class Config:
             self.learning.rule != "backprop"
             or self.model.kind == "dense"
             or self.model.kind == "dfc"
-            or (self.model.kind == "dyntrm" and (self.model.select == "relu" or self.model.weight != "hard")),
-            "learning.rule backprop needs weights with a gradient: set model.weight to softmax or relu",
+            or (self.model.kind == "dyntrm" and self.model.graded),
+            "learning.rule backprop needs weights with a gradient: set model.select to top_k with model.weight softmax or relu, "
+            "or to relu or threshold",
         )
         if self.mesh.expert > 1:
             model, split = self.model, self.mesh.expert
@@ -392,10 +412,10 @@ def from_json(text: str) -> Config:
     return Config(**parts)
 
 
-def differences(a: Config, b: Config, ignore: tuple[str, ...] = FREE_FIELDS) -> list[str]:
-    """The fields in which two configurations differ, as lines `section.field: a -> b`; sections in `ignore` are passed over."""
+def differences(a: Config, b: Config) -> list[str]:
+    """The fields in which two configurations differ, as lines `section.field: a -> b`; `FREE_FIELDS` are passed over."""
     lines = []
     for section, values in dataclasses.asdict(a).items():
         other = dataclasses.asdict(b)[section]
-        lines += [f"{section}.{k}: {v} -> {other[k]}" for k, v in values.items() if section not in ignore and v != other[k]]
+        lines += [f"{section}.{k}: {v} -> {other[k]}" for k, v in values.items() if section not in FREE_FIELDS and v != other[k]]
     return lines

@@ -36,8 +36,9 @@ from tinyonn_jax.config import Config, ConfigError, differences, from_json, to_j
 from tinyonn_jax.layers import base, grouped
 from tinyonn_jax.models import transformer
 from tinyonn_jax.observe.console import Progress
+from tinyonn_jax.observe.files import write_atomically
 from tinyonn_jax.observe.metrics import duration
-from tinyonn_jax.observe.writers import MetricsWriter, write_atomically
+from tinyonn_jax.observe.writers import MetricsWriter
 from tinyonn_jax.training import assemble, loop, sharding
 from tinyonn_jax.training.checkpoint import Checkpoints, meet, restore_params
 from tinyonn_jax.training.state import TrainState

@@ -8,7 +8,7 @@ import pytest
 from tinyonn_jax.arc import generate, tokens
 from tinyonn_jax.arc.augment import Augmentation
 from tinyonn_jax.arc.batches import Batch, Query, prompts
-from tinyonn_jax.arc.evaluate import answer_cap, evaluate, exact, exact_per_recursion, exact_per_step, teacher_forced_exact
+from tinyonn_jax.arc.evaluate import answer_cap, evaluate, exact, exact_per_recursion, exact_per_step
 from tinyonn_jax.arc.submission import build_submission, score, to_json, validate_submission
 from tinyonn_jax.arc.tasks import Pair, Task
 from tinyonn_jax.arc.tokens import END, ROW, VOCAB
@@ -190,11 +190,9 @@ def test_exact_by_hand():
     neither = said([2, 3, 0, 9], [6, 7, 0, 9], [9] * 4)
     assert exact(right, batch).tolist() == [True, True, True]
     assert exact(half, batch).tolist() == [True, False, True]
-    answers = iter([right, half, neither])
-    assert teacher_forced_exact(lambda _: next(answers), [batch] * 3) == 3 / 6
     steps = iter([jnp.stack([neither, right]), jnp.stack([half, right])])
     assert exact_per_step(lambda _: next(steps), [batch] * 2) == [1 / 4, 1]
-    assert np.isnan(teacher_forced_exact(lambda b: right, []))
+    assert np.isnan(exact_per_step(lambda b: right[None], [])).all()
 
 
 @pytest.mark.parametrize("kind", ["dense", "dyntrm"])
@@ -215,11 +213,10 @@ def test_what_is_decoded_with_a_cache_is_exact_when_teacher_forced(kind):
     assert len(np.unique(said)) > 3
     batch = written(asked, said)
     forward = jax.jit(lambda batch: transformer.apply(params, batch, cfg, steps=True))
-    assert teacher_forced_exact(lambda b: forward(b).logits, [batch]) == 1
     assert exact_per_step(lambda b: forward(b).steps, [batch])[-1] == 1
     for row, at in enumerate([0, 1, 2, 3, 5, 8, 10, 11]):
         said[row, at] = (said[row, at] + 1) % 10
-    assert teacher_forced_exact(lambda b: forward(b).logits, [written(asked, said)]) == 0
+    assert exact_per_step(lambda b: forward(b).steps, [written(asked, said)])[-1] == 0
 
 
 def written(asked, said):

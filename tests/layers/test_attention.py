@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from tests.layers.naive import CLOSE, make
-from tinyonn_jax.layers import attention
+from tinyonn_jax.layers import attention, mha
 from tinyonn_jax.layers.base import rotary, rotation
 
 B, T, D, G, C = 2, 6, 8, 2, 6
+LAYER = mha.Config(D, G, C)
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(B, T, D)), jnp.float32)
 POSITIONS = jnp.asarray(RNG.integers(0, 5, (B, T, 3)))
@@ -20,17 +21,17 @@ PREFIX = jnp.array([3, 0])
 
 @pytest.fixture(scope="module")
 def params():
-    return make(attention.spec(D, G, C))
+    return make(mha.spec(LAYER))
 
 
 @jax.jit
 def uncached(params, x, positions, prefix):
-    return attention.apply(params, x, C, attention.context(positions, C, prefix=prefix))[0]
+    return mha.apply(params, x, LAYER, where=attention.context(positions, C, prefix=prefix))[0]
 
 
 @jax.jit
 def cached(params, x, cache, positions, start, prefix):
-    return attention.apply(params, x, C, attention.context(positions, C, start, prefix), cache)
+    return mha.apply(params, x, LAYER, where=attention.context(positions, C, start, prefix), cache=cache)
 
 
 def naive(params, x, positions, prefix):

@@ -8,7 +8,7 @@ import pytest
 from tinyonn_jax.layers import base
 from tinyonn_jax.layers.base import Param
 
-SPEC = {"a": Param((40, 30), ("embed", None), base.fan_in()), "b": {"c": Param((5,), (None,), base.ones)}}
+SPEC = {"a": Param((40, 30), ("embed", None), base.fan_in), "b": {"c": Param((5,), (None,), base.ones)}}
 
 
 def test_a_leaf_depends_on_its_path_alone():
@@ -21,7 +21,7 @@ def test_a_leaf_depends_on_its_path_alone():
 
 
 def test_fan_in_is_the_contracted_axis_of_a_stack_too():
-    many = base.init(jax.random.key(0), base.stack({"w": Param((64, 4), ("embed", None), base.fan_in())}, 30))["w"]
+    many = base.init(jax.random.key(0), base.stack({"w": Param((64, 4), ("embed", None), base.fan_in)}, 30))["w"]
     assert many.shape == (30, 64, 4)
     np.testing.assert_allclose(np.std(many), 1 / 8, rtol=0.05)
     assert np.abs(many[0] - many[1]).max() > 0.1  # copies of their own

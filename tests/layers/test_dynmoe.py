@@ -71,3 +71,18 @@ def test_spec_declares_stacked_experts_and_no_shared_ones_unless_asked():
         (4, D, 2 * F), ("experts", "embed", "hidden"), made.modules.w_in.init
     )
     assert made.modules.w_out.shape == (4, F, D) and made.router.proto.shape == (4, D)
+
+
+@pytest.mark.parametrize("modules", [4, 16])
+def test_layers_can_be_mapped_over_inputs_and_differentiated_twice_forwards(modules):
+    """jit(vmap(grad)) is a loop of gradients, and the derivative of a gradient along a direction is its finite difference."""
+    cfg = dynmoe.Config(D, 4, RouterConfig(modules, 2, isolate=False))
+    params = make(dynmoe.spec(cfg))
+    xs = jnp.asarray(np.random.default_rng(1).normal(size=(3, 1, 4, D)), jnp.float32)
+    slope = jax.grad(lambda x: jnp.sum(jnp.tanh(dynmoe.apply(params, x, cfg)[0])))
+    np.testing.assert_allclose(jax.jit(jax.vmap(slope))(xs), [jax.jit(slope)(x) for x in xs], **CLOSE)
+    along = jnp.ones_like(xs[0])
+    _, got = jax.jit(lambda x: jax.jvp(slope, (x,), (along,)))(xs[0])
+    step = 1e-2
+    want = (jax.jit(slope)(xs[0] + step * along) - jax.jit(slope)(xs[0] - step * along)) / (2 * step)
+    np.testing.assert_allclose(got, want, atol=2e-2 * float(jnp.abs(want).max()))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.layers.naive import CLOSE, by_module, copied, make, norms, summed
-from tinyonn_jax.layers import attention, dynsiha_plus, tap
+from tinyonn_jax.layers import attention, dynsiha_plus, mha, tap
 from tinyonn_jax.layers.base import rotary
 from tinyonn_jax.layers.dynsiha_plus import Config
 from tinyonn_jax.layers.routing import RouterConfig
@@ -46,14 +46,14 @@ def test_one_latent_head_per_group_is_multi_head_attention(router):
     """G = H: every latent head has a key and a value of its own, and every token uses it."""
     cfg = Config(D, C, router)
     params = make(dynsiha_plus.spec(cfg))
-    plain = attention.Params(
+    plain = mha.Params(
         w_q=params.modules.w_q.transpose(1, 0, 2).reshape(D, 4 * C),
         w_k=params.w_k,
         w_v=params.w_v,
         w_o=params.modules.w_o.reshape(4 * C, D),
     )
     y, (got, got_x, _) = run(lambda p, x, t: dynsiha_plus.apply(p, x, cfg, where=WHERE)[0], params, X, None)
-    want_y, (want, want_x, _) = run(lambda p, x, t: attention.apply(p, x, C, WHERE)[0], plain, X, None)
+    want_y, (want, want_x, _) = run(lambda p, x, t: mha.apply(p, x, mha.Config(D, 4, C), where=WHERE)[0], plain, X, None)
     np.testing.assert_allclose(y, want_y, **CLOSE)
     np.testing.assert_allclose(got_x, want_x, **CLOSE)
     np.testing.assert_allclose(got.modules.w_q.transpose(1, 0, 2).reshape(D, 4 * C), want.w_q, **CLOSE)

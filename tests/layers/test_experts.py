@@ -182,3 +182,29 @@ def test_gated_is_silu_of_one_half_times_the_other():
     h = np.array([[1.0, -2.0, 3.0, 0.5]], np.float32)
     want = [[1 / (1 + np.exp(-1)) * 3.0, -2 / (1 + np.exp(2)) * 0.5]]
     np.testing.assert_allclose(experts.activate(jnp.asarray(h), True), want, rtol=1e-6)
+
+
+def test_tokens_of_others_cannot_hurt_a_module():
+    """A module that overflows on tokens it does not serve: no NaN in the sum or in any gradient."""
+
+    def f(p, x):
+        return jnp.exp(x @ p["a"])
+
+    params = {"a": jnp.stack([0.1 * jnp.eye(2), 50 * jnp.eye(2)]), "steps": jnp.arange(2)}
+    index = jnp.zeros((2, 1), jnp.int32)
+    r = routing.given(index, index == 0, 2)
+    x = jnp.asarray([[1.0, 1.0], [3.0, 3.0]])
+    loss = lambda a, x, t: jnp.sum(experts.routed(f, params | {"a": a}, x, r, t))  # noqa: E731
+    y = jax.jit(lambda x: experts.routed(f, params, x, r))(x)
+    np.testing.assert_allclose(y, np.exp(0.1 * x), **CLOSE)
+    d_a, d_x, d_tap = jax.jit(jax.grad(loss, (0, 1, 2)))(params["a"], x, tap.zeros(r))
+    np.testing.assert_allclose(d_x, 0.1 * np.exp(0.1 * x), **CLOSE)
+    assert np.any(d_a[0]) and not np.any(d_a[1]) and d_tap.module[1] == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((d_a, d_tap)))
+
+
+def test_neurons_are_refused():
+    cfg = RouterConfig(E, 0, select="relu")
+    neurons = jax.eval_shape(lambda: routing.route_all(Router(jnp.ones((E, D)), jnp.zeros(E)), X, cfg))
+    with pytest.raises(ValueError, match="route_all"):
+        experts.routed(lambda p, x: x * p, jnp.ones(E), X, neurons)

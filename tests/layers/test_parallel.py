@@ -4,12 +4,12 @@ from dataclasses import replace
 from functools import cache
 from unittest import mock
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import scaling
 from tests.layers.naive import hand_made, make
 from tinyonn_jax.config import MeshConfig
 from tinyonn_jax.layers import experts, linear, parallel, routing, tap
@@ -93,7 +93,7 @@ def program(layer: str, cfg: MeshConfig, split: bool = True, ragged: bool = Fals
             (_, y), grads = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(w, x, r.weight, t)
         return y, grads
 
-    params = jax.device_put(make(spec), sharding.shardings(mesh, spec))
+    params = jax.device_put(make(spec), sharding.state_shardings(mesh, spec, spec))
     return jax.jit(run), lambda r: (params, *sharding.shard_batch(mesh, (X, r)), tap.zeros(r))
 
 
@@ -196,7 +196,7 @@ def test_tokens_are_sent_and_nothing_is_added_up_over_modules():
     """Rows go to their modules and come back, and their gradients again; nothing else of a token's width moves."""
     f, arguments = program("mlps", sending(1, 1, 8))
     text = f.lower(*arguments(LAYERS["mlps"][2]["all in use"])).compile().as_text()
-    wide = [c for c in scaling.read(text, 8).collectives if any(len(s) > 1 and s[-1] in (D, F, 2 * F) for s in c.shapes)]
+    wide = [c for c in hlo.read(text, 8).collectives if any(len(s) > 1 and s[-1] in (D, F, 2 * F) for s in c.shapes)]
     assert [c.kind for c in wide] == ["all-to-all"] * 4
     room = N // 8 * 2  # for all pairs of a device, as no capacity is set
     assert {c.payload for c in wide} == {8 * room * D * 4}

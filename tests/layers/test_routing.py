@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.layers.naive import by_module, hand_made
-from tinyonn_jax.layers import routing
+from tinyonn_jax.layers import base, routing
 from tinyonn_jax.layers.base import init
 from tinyonn_jax.layers.routing import Router, RouterConfig
 
@@ -289,8 +289,8 @@ def test_entropy_matches_its_definition(seed):
     np.testing.assert_allclose(_entropy_slope(logits), np.einsum("rj,rji->ri", -np.log(p) - 1, jacobian), atol=1e-5)
 
 
-_entropy = jax.jit(routing.entropy)
-_entropy_slope = jax.jit(jax.grad(lambda z: jnp.sum(routing.entropy(z))))
+_entropy = jax.jit(base.entropy)
+_entropy_slope = jax.jit(jax.grad(lambda z: jnp.sum(base.entropy(z))))
 
 
 @pytest.mark.parametrize("match", ["cosine", "dot"])

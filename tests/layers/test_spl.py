@@ -183,10 +183,10 @@ def test_moie_is_two_spls():
     cfg = moie.Config(INPUTS, 9, config().router)
     params = base.init(jax.random.key(0), moie.spec(cfg))
     params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params)
-    y, routings = moie.apply(params, X, cfg)
+    y, routings = moie.apply(params, X[None], cfg)
     hidden, _ = spl.apply(params.first, X, cfg.first)
     expected, _ = spl.apply(params.second, hidden, cfg.second)
-    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(y[0], expected)
     assert set(routings) == {"first", "second"}
     assert routings["first"].logits.shape == (N, 9) and routings["second"].logits.shape == (N, INPUTS)
 

@@ -1,5 +1,7 @@
 """Rules without surprise, names of layers, records of use, and the load balance on loads made by hand."""
 
+from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -41,14 +43,14 @@ def test_layers_are_found_by_dotted_path_in_every_container():
     found = rules.layers(PARAMS)
     assert {name: float(part.w[0]) for name, part in found.items()} == {
         "blocks.0": 1.0,
-        "blocks.1.0": 2.0,
-        "blocks.1.1.deep": 3.0,
+        "blocks.1.left": 2.0,
+        "blocks.1.right.deep": 3.0,
     }
     assert set(rules.routers(PARAMS)) == set(found)
     assert set(rules.layers(layer(7))) == {""}
 
 
-@pytest.mark.parametrize("name", ["blocks.0", "blocks.1.0", "blocks.1.1.deep"])
+@pytest.mark.parametrize("name", ["blocks.0", "blocks.1.left", "blocks.1.right.deep"])
 def test_replacing_one_layer_leaves_the_others(name):
     replaced = rules.replace_layer(PARAMS, name, layer(9))
     assert jax.tree.structure(replaced) == jax.tree.structure(PARAMS)
@@ -129,3 +131,23 @@ def test_state_starts_at_zero_and_counts_the_slots_served():
 def test_names_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match=r"\['b'\].*\['a'\]"):
         rules.initial({"a": layer()}, {"b": use(1, 1)})
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Own:
+    router: Router
+    w: Any
+
+
+def test_layers_are_replaced_in_containers_of_your_own():
+    params = {0: layer(1), 1: OrderedDict(b=layer(2), a=Own(layer(3).router, jnp.ones(2)))}
+    for name in ("0", "1.b"):
+        replaced = rules.replace_layer(params, name, layer(9))
+        assert jax.tree.structure(replaced) == jax.tree.structure(params) and rules.layers(replaced)[name].w[0] == 9
+    replaced = rules.replace_part(params, "1.a", "w", jnp.zeros(2))
+    assert not np.any(replaced[1]["a"].w) and np.all(params[1]["a"].w == 1)
+    with pytest.raises(ValueError, match="dot"):
+        rules.layers({"block.a": layer(1)})
+    with pytest.raises(ValueError, match=r"modules.*'w'"):
+        rules.part(layer(1), "modules")

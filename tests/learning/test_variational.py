@@ -52,3 +52,8 @@ def test_the_prior_follows_and_is_kept_in_the_state():
     meta = rules.MetaState({"a": jnp.zeros(4)}, jnp.float32(0), {"a": EVEN})
     meta = rules.record(meta, {"a": routing}, {}, {}, decay=0.9)
     np.testing.assert_allclose(meta.prior["a"], [0.325, 0.225, 0.225, 0.225], rtol=1e-6)
+
+
+def test_a_prior_keeps_its_mass_through_batches_that_use_nothing():
+    silent = given([0, 1], [0.0, 0.0])
+    np.testing.assert_array_equal(follow(EVEN, silent, 0.9), EVEN)

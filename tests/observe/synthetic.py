@@ -133,16 +133,15 @@ def write_run(folder: Path, routed: bool = True, **kwargs) -> Path:
 
 
 if __name__ == "__main__":
-    from tinyonn_jax.observe import axes, figures, grids
+    from tinyonn_jax.observe import axes, compare, figures, grids
 
     target = Path(sys.argv[1])
     for name, is_routed in (("dyntrm", True), ("dense", False)):
         run = write_run(target / name, is_routed)
         figures.write_dashboards(run)
     data = predictions()
-    axes.save(grids.gallery(dict(list(data["tasks"].items())[:12])), target / "gallery.png")
     for i in (0, 1, 4):
         task = list(data["tasks"])[i]
         axes.save(grids.task_figure(task, data["tasks"][task], data["demonstrations"][task]), target / f"task{i}.png")
     runs = {"runs/dyntrm": rows(), "runs/dense": rows(routed=False, steps=1500)}
-    axes.save(figures.compare_figure(runs), target / "compare.png")
+    axes.save(compare.compare_figure(runs), target / "compare.png")

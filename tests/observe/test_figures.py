@@ -5,7 +5,8 @@ from matplotlib.text import Text
 
 from tests.observe import synthetic
 from tinyonn_jax.observe import axes, figures
-from tinyonn_jax.observe.figures import NO_LAYERS, NOT_MEASURED, compare_figure, core_metrics, expert_dashboard, write_dashboards
+from tinyonn_jax.observe.compare import compare_figure
+from tinyonn_jax.observe.figures import NO_LAYERS, NOT_MEASURED, core_metrics, expert_dashboard, write_dashboards
 
 
 def texts(figure):

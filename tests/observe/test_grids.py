@@ -2,9 +2,8 @@ import numpy as np
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
 
-from tests.observe import synthetic
 from tinyonn_jax.observe.answers import answers, judge, solved
-from tinyonn_jax.observe.grids import gallery, task_figure
+from tinyonn_jax.observe.grids import task_figure
 
 A, B, WIDE = [[1, 2], [3, 4]], [[1, 2], [3, 5]], [[1, 2, 0], [3, 4, 0]]
 
@@ -54,10 +53,3 @@ def test_task_figure_without_truth_or_answers():
     figure = task_figure("x", [entry(truth=None, greedy=None)])
     assert said(figure).count("no answer") == 2 and not any("✗" in word or "✓" in word for word in said(figure))
     figure.draw_without_rendering()
-
-
-def test_gallery_shows_each_task():
-    tasks = synthetic.predictions(5)["tasks"]
-    words = said(gallery(tasks))
-    assert all(words.count(name) == 1 for name in tasks) and "✗ no answer" in words
-    assert "no predictions yet" in said(gallery({}))

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from tests.observe import synthetic
 from tinyonn_jax.config import Config, ConfigError, from_json
-from tinyonn_jax.observe.report import compare, comparison, grid_svg, preset_and_flags, write_report
+from tinyonn_jax.observe.compare import compare, comparison
+from tinyonn_jax.observe.report import grid_svg, preset_and_flags, write_report
 from tinyonn_jax.presets import PRESETS
 
 VOID = {"meta", "img", "path"}

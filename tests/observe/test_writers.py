@@ -8,7 +8,8 @@ from tensorboardX.proto import event_pb2
 
 from tinyonn_jax.config import ConfigError
 from tinyonn_jax.observe import writers
-from tinyonn_jax.observe.writers import MetricsWriter, read_metrics, write_atomically
+from tinyonn_jax.observe.files import write_atomically
+from tinyonn_jax.observe.writers import MetricsWriter, read_metrics
 
 
 def events(folder):

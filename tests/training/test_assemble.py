@@ -11,7 +11,7 @@ import pytest
 from tinyonn_jax.arc import generate
 from tinyonn_jax.arc.augment import Augmentation
 from tinyonn_jax.arc.batches import Dataset, Query, batch_at, build_dataset, prompts, validation_batches
-from tinyonn_jax.arc.evaluate import evaluate, teacher_forced_exact
+from tinyonn_jax.arc.evaluate import evaluate, exact_per_step
 from tinyonn_jax.arc.tasks import TaskSets, load_task_sets
 from tinyonn_jax.config import Config, ConfigError, EvalConfig, MeshConfig
 from tinyonn_jax.layers import base, dynmoe
@@ -59,7 +59,7 @@ def test_validation_agrees_with_the_evaluation_and_with_a_loop(data):
     found = assemble.make_validation(program)(state, validation_batches(dataset, multiple=2))
     params = jax.device_put(jax.device_get(state.ema))
     apply = jax.jit(lambda batch: transformer.apply(params, batch, config.model).logits)
-    assert found["valid_exact"] == pytest.approx(teacher_forced_exact(apply, validation_batches(dataset)))
+    assert found["valid_exact"] == pytest.approx(exact_per_step(lambda b: apply(b)[None], validation_batches(dataset))[0])
     losses, right = [], []
     for batch in validation_batches(dataset):
         logits = np.asarray(apply(batch), np.float64)

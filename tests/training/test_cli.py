@@ -12,10 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+import arc
 import numpy as np
 import pytest
 
-from experiments import arc
 from tinyonn_jax import cli, runs
 from tinyonn_jax.config import ConfigError, from_json
 from tinyonn_jax.presets import PRESETS

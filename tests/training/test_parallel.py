@@ -37,7 +37,7 @@ def step(mesh_cfg: MeshConfig):
     """Gradients, routings, signals and metrics of one step, and the text of the compiled program."""
     mesh, rule = sharding.make_mesh(mesh_cfg), make_rule(CONFIG)
     spec = transformer.spec(MODEL, tiny.TASKS)
-    params = jax.device_put(make(spec), sharding.shardings(mesh, spec))
+    params = jax.device_put(make(spec), sharding.state_shardings(mesh, spec, spec))
     loss_fn = over(sharding.layout(mesh, mesh_cfg.capacity))(make_loss(CONFIG, rule))
     batch = sharding.shard_batch(mesh, tiny.batch(ROWS, LENGTH))
     meta = rule.init(params, jax.eval_shape(loss_fn, params, None, batch)[1].routings)

@@ -1,6 +1,6 @@
 """The train step: signals meet the right layer, groups stay apart, bad steps change nothing, devices do not matter."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -15,13 +15,13 @@ from tinyonn_jax.config import Config, MeshConfig, OptimConfig
 from tinyonn_jax.layers import dynmoe
 from tinyonn_jax.layers.routing import RouterConfig
 from tinyonn_jax.learning import backprop, msaps, none, sars
-from tinyonn_jax.learning.rule import initial
+from tinyonn_jax.learning.rule import initial, without_routers
 from tinyonn_jax.models import transformer
 from tinyonn_jax.training import sharding
 from tinyonn_jax.training.objective import make_loss
 from tinyonn_jax.training.optim import make_optimizer
 from tinyonn_jax.training.state import TrainState
-from tinyonn_jax.training.step import Aux, _group_norm, gradients, make_train_step
+from tinyonn_jax.training.step import Aux, _norm, _renewed, gradients, make_train_step
 
 D = 6
 RNG = np.random.default_rng(0)
@@ -171,7 +171,7 @@ def test_a_small_norm_beside_a_large_one():
     count = sum(leaf.size for leaf in jax.tree.leaves((grads["w_head"], grads["a"].modules, grads["b"])))
     grads = {"w_head": grads["w_head"], "a": grads["a"].replace(router=large), "b": grads["b"].modules}
     count -= sum(leaf.size for leaf in jax.tree.leaves(large))  # b's router is left out as well
-    assert float(_group_norm(grads, meta=False)) == pytest.approx(1e-4 * count**0.5, rel=1e-4)
+    assert float(_norm(without_routers(grads))) == pytest.approx(1e-4 * count**0.5, rel=1e-4)
 
 
 EMA = 0.5
@@ -270,7 +270,7 @@ def test_eight_devices_give_the_gradients_and_signals_of_one(cfg, rule):
 
     def on(mesh_config):
         mesh = sharding.make_mesh(mesh_config)
-        placed = jax.device_put(params, sharding.shardings(mesh, spec))
+        placed = jax.device_put(params, sharding.state_shardings(mesh, spec, spec))
         assert len(placed.head.sharding.device_set) == mesh.size
         return copy(run(placed, sharding.shard_batch(mesh, batch)))
 
@@ -281,3 +281,25 @@ def test_eight_devices_give_the_gradients_and_signals_of_one(cfg, rule):
     chex.assert_trees_all_close(one[1], many[1], rtol=1e-4, atol=1e-5)
     assert float(one[2]["main_loss"]) == pytest.approx(float(many[2]["main_loss"]), rel=1e-6)
     assert float(one[2]["meta_loss"]) == pytest.approx(float(many[2]["meta_loss"]), rel=1e-6)
+
+
+class Two(NamedTuple):
+    q: Any
+    other: Any
+
+
+def test_rebirth_resets_the_rows_of_its_own_layer_and_no_others():
+    """Layers whose names end alike, in a container with named fields; and an optimizer that keeps sums over rows."""
+    layer = make(dynmoe.spec(layer_config()))
+    params = {"q": layer, "x": Two(layer, {"w": jnp.ones(3)})}
+    tx = optax.chain(optax.scale_by_adam(), optax.scale_by_factored_rms(min_dim_size_to_factor=2))
+    dead = {"q": jnp.zeros(3, bool), "x.q": jnp.array([True, False, False])}
+    state = TrainState.create(params, tx, None)
+    dirty = jax.tree.map(lambda a: a + 1.0 if a.dtype == jnp.float32 else a, (state.opt_state, state.ema))
+    state = state.replace(opt_state=dirty[0], ema=dirty[1])
+    new = _renewed(lambda params, meta, key: (params, meta, dead), state)
+    for tree in (new.opt_state[0].mu, new.opt_state[0].nu):
+        assert not np.any(tree["x"].q.router.proto[0]) and np.all(tree["x"].q.router.proto[1:]) and np.all(tree["q"].router.proto)
+    np.testing.assert_array_equal(new.ema["x"].q.router.proto[0], params["x"].q.router.proto[0])
+    assert np.all(new.ema["q"].router.proto != params["q"].router.proto)
+    jax.tree.map(np.testing.assert_array_equal, new.opt_state[1], state.opt_state[1])

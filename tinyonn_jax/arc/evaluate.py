@@ -155,13 +155,11 @@ def exact(logits: Float[Array, "*R B T V"], batch: Batch) -> Bool[Array, "*R B"]
     return jnp.all(right | (batch.loss_mask[:, :-1] == 0), -1)
 
 
-def teacher_forced_exact(apply_fn: Callable[[Batch], Array], batches: Iterable[Batch]) -> float:
-    """The share in [0, 1] of sequences with every output token right; `apply_fn` gives logits `[B,T,V]`. NaN for no sequences."""
-    return exact_per_step(lambda batch: apply_fn(batch)[None], batches)[0]
-
-
 def exact_per_step(apply_fn: Callable[[Batch], Array], batches: Iterable[Batch]) -> list[float]:
-    """`teacher_forced_exact` of every recursion; `apply_fn` gives logits `[R,B,T,V]`. One NaN for no sequences."""
+    """The share in [0, 1] of sequences with every output token right after each recursion; one NaN for no sequences.
+
+    `apply_fn` gives logits `[R,B,T,V]`.
+    """
     right, sequences = np.zeros(1), 0
     for batch in batches:
         real = np.asarray(batch.length) > 0

@@ -17,7 +17,7 @@ import numpy as np
 from tinyonn_jax.arc.tasks import DataError, Task
 from tinyonn_jax.arc.tokens import COLOURS, MAX_SIDE, Grid
 from tinyonn_jax.arc.vote import Candidate
-from tinyonn_jax.observe.writers import write_atomically
+from tinyonn_jax.observe.files import write_atomically
 
 PREDICTIONS, SUBMISSION, SCORE = "predictions.json", "submission.json", "score.json"
 ATTEMPTS = ("attempt_1", "attempt_2")
@@ -49,13 +49,13 @@ class Predictions:
     sequences: int = 0
 
 
-def to_json(predictions: Predictions) -> str:
-    """The content of predictions.json; of the candidates, the best five."""
+def entries(predictions: Predictions) -> dict[str, list[dict[str, Any]]]:
+    """By task, what predictions.json says of each test input; of the candidates, the best five."""
 
     def plain(grid: Grid | None) -> list | None:
         return None if grid is None else grid.tolist()
 
-    tasks = {
+    return {
         name: [
             {
                 "input": plain(p.input),
@@ -63,12 +63,16 @@ def to_json(predictions: Predictions) -> str:
                 "greedy": plain(p.greedy),
                 "candidates": [{"grid": plain(c.grid), "votes": c.votes, "logprob": c.logprob} for c in p.candidates[:KEPT]],
             }
-            for p in entries
+            for p in answers
         ]
-        for name, entries in predictions.tasks.items()
+        for name, answers in predictions.tasks.items()
     }
+
+
+def to_json(predictions: Predictions) -> str:
+    """The content of predictions.json."""
     rest = {"augmentations": predictions.augmentations, "checkpoint": predictions.checkpoint, "too_long": predictions.too_long}
-    return json.dumps({"tasks": tasks, **rest}, allow_nan=False) + "\n"
+    return json.dumps({"tasks": entries(predictions), **rest}, allow_nan=False) + "\n"
 
 
 def build_submission(predictions: Predictions) -> dict[str, list[dict[str, list]]]:

@@ -17,7 +17,6 @@ START, ROW, SEP, END = 10, 11, 12, 13
 VOCAB = 14
 MAX_SIDE = 30
 Z_START, Z_INPUT, Z_SEP, Z_OUTPUT, Z_END, Z_PER_PAIR = range(6)
-LONGEST_PAIR = 3 + 2 * MAX_SIDE * (MAX_SIDE + 1)
 
 Format = Literal["pair", "context"]
 Grid = Int[np.ndarray, "h w"]

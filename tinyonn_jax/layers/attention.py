@@ -1,17 +1,17 @@
-"""The attention maths: who sees whom, grouped heads, rotary positions, the key/value cache; and plain multi-head attention.
+"""The attention maths: who sees whom, grouped heads, rotary positions, the key/value cache.
 
 Letters: B batch, T queries, S keys, D model, G key/value groups, Q query heads (a multiple of G), C head size.
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tinyonn_jax.layers.base import Param, fan_in, rotary, rotation
+from tinyonn_jax.layers.base import rotary, rotation
 
 
 @flax.struct.dataclass
@@ -174,30 +174,3 @@ def _heads_first_bwd(saved, g):
 
 
 _heads_first.defvjp(_heads_first_fwd, _heads_first_bwd)
-
-
-@flax.struct.dataclass
-class Params:
-    """Multi-head attention: `w_q, w_k, w_v [D, G·C]`, `w_o [G·C, D]`."""
-
-    w_q: Any
-    w_k: Any
-    w_v: Any
-    w_o: Any
-
-
-def spec(dim: int, heads: int, head_dim: int) -> Params:
-    """Normal, variance 1 / fan-in."""
-    into = Param((dim, heads * head_dim), ("embed", "heads"), fan_in())
-    return Params(into, into, into, Param((heads * head_dim, dim), ("heads", "embed"), fan_in()))
-
-
-def apply(
-    params: Params, x: Float[Array, "B T D"], head_dim: int, where: Context, cache: Cache | None = None
-) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """Plain multi-head attention (Vaswani et al., 2017)."""
-    b, t, d = x.shape
-    tokens = x.reshape(-1, d)  # flat, so that weight gradients are plain matmuls
-    q, k, v = ((tokens @ w.astype(x.dtype)).reshape(b, t, -1, head_dim) for w in (params.w_q, params.w_k, params.w_v))
-    o, cache = attend(q, k, v, where, cache)
-    return (o.reshape(b * t, -1) @ params.w_o.astype(x.dtype)).reshape(b, t, d), cache

@@ -13,7 +13,7 @@ Letters: R recursions, P rows of one call, M modules, I inputs, O outputs of one
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import flax.struct
 import jax
@@ -69,27 +69,36 @@ def attach(modules: Any, ports: list[Port | None]) -> Any:
     return tree.unflatten([w if port is None else Weight(w, port) for w, port in zip(leaves, ports, strict=True)])
 
 
-@jax.custom_vjp
-def matmul(x: Float[Array, "P I"], weight: Weight, sizes: Int[Array, " M"], rows_tap: Float[Array, " P"] | None):
+def matmul(
+    x: Float[Array, "P I"], weight: Weight, sizes: Int[Array, " M"], rows_tap: Float[Array, " P"] | None
+) -> Float[Array, "P O"]:
     """`grouped.matmul` whose weight gradient goes through the port; the gradient of `rows_tap` is that of `grouped.Tap.rows`."""
-    return loop.forward(x, weight.w, sizes)
+    return _matmul(x, weight.w, weight.port, sizes, rows_tap)
+
+
+@jax.custom_vjp
+def _matmul(x, w, port, sizes, rows_tap):
+    return loop.forward(x, w, sizes)
+
+
+def _matmul_fwd(x, w, port, sizes, rows_tap):
+    return loop.forward(x, w, sizes), (x, w, sizes, rows_tap)
 
 
 def _matmul_bwd(saved, g):
     x, w, sizes, rows_tap = saved
-    g = jnp.where((jnp.arange(g.shape[0]) < jnp.sum(sizes))[:, None], g, 0)
-    rows = None if rows_tap is None else row_norms(True, x, g)
-    return loop.backward_rows(w, sizes, g), Weight(cast(Array, None), Port(x, g, sizes.astype(jnp.float32))), None, rows
+    rows = None if rows_tap is None else row_norms(True, x, g, sizes)
+    return loop.backward_rows(w, sizes, g), None, Port(x, g, sizes.astype(jnp.float32)), None, rows
 
 
-matmul.defvjp(lambda x, weight, sizes, rows: (loop.forward(x, weight.w, sizes), (x, weight.w, sizes, rows)), _matmul_bwd)
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _port(shape, w, norms):
     recursions, pairs, dtype = shape
     rows = lambda size: jnp.zeros((recursions, pairs, size), dtype)  # noqa: E731
-    return Port(rows(w.shape[1]), rows(w.shape[2]), jnp.zeros((recursions, w.shape[0])))
+    return Port(rows(w.shape[1]), rows(w.shape[2]), jnp.zeros((recursions, w.shape[0]), jnp.float32))
 
 
 def _port_bwd(shape, norms, d):
@@ -133,10 +142,10 @@ def weight_gradient(
             squares = lax.dynamic_update_slice_in_dim(squares, jnp.where(jnp.arange(block) < rows, total, 0), first, 0)
         return dw, squares
 
-    start = jnp.zeros((modules, x.shape[1], g.shape[1]), jnp.float32), jnp.zeros(x.shape[0] if normed else 0)
+    start = jnp.zeros((modules, x.shape[1], g.shape[1]), jnp.float32), jnp.zeros(x.shape[0] if normed else 0, jnp.float32)
     dw, squares = lax.fori_loop(0, count, body, start)
     if not normed:
-        return dw, jnp.zeros((recursions, modules))
+        return dw, jnp.zeros((recursions, modules), jnp.float32)
     norms = jax.ops.segment_sum(squares, run, modules * recursions, indices_are_sorted=True)
     return dw, jnp.maximum(norms.reshape(modules, recursions).T, 0)  # rounding may leave less than nothing
 

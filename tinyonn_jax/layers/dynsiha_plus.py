@@ -51,15 +51,15 @@ class Params:
 def spec(cfg: Config) -> Params:
     """The parameters of a DynSIHA+ layer, as `Param`s. w_o is scaled for a sum over G heads, as in multi-head attention."""
     heads, groups = cfg.router.modules, cfg.router.groups
-    shared = Param((cfg.dim, groups * cfg.head_dim), ("embed", "heads"), fan_in())
+    shared = Param((cfg.dim, groups * cfg.head_dim), ("embed", "heads"), fan_in)
 
     def out(key, shape):
-        return fan_in()(key, shape) * groups**-0.5
+        return fan_in(key, shape) * groups**-0.5
 
     return Params(
         router=routing.spec(cfg.dim, cfg.router),
         modules=Heads(
-            w_q=Param((heads, cfg.dim, cfg.head_dim), ("experts", "embed", None), fan_in()),
+            w_q=Param((heads, cfg.dim, cfg.head_dim), ("experts", "embed", None), fan_in),
             w_o=Param((heads, cfg.head_dim, cfg.dim), ("experts", None, "embed"), out),
         ),
         w_k=shared,

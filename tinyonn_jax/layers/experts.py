@@ -14,7 +14,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import grouped, parallel
 from tinyonn_jax.layers import tap as taps
@@ -34,8 +34,8 @@ def mlp_spec(dim: int, hidden: int, gated: bool, experts: int | None = None) -> 
     """Normal, variance 1 / fan-in."""
     lead, names = ((), ()) if experts is None else ((experts,), ("experts",))
     return Mlp(
-        w_in=Param((*lead, dim, hidden * (2 if gated else 1)), (*names, "embed", "hidden"), fan_in()),
-        w_out=Param((*lead, hidden, dim), (*names, "hidden", "embed"), fan_in()),
+        w_in=Param((*lead, dim, hidden * (2 if gated else 1)), (*names, "embed", "hidden"), fan_in),
+        w_out=Param((*lead, hidden, dim), (*names, "hidden", "embed"), fan_in),
     )
 
 
@@ -49,7 +49,7 @@ def _activate(h: Float[Array, "*N F"], gated: bool) -> Float[Array, "*N F"]:
 
 activate = jax.custom_vjp(_activate, nondiff_argnums=(1,))
 activate.defvjp(
-    lambda h, gated: (activate(h, gated), h),
+    lambda h, gated: (_activate(h, gated), h),
     lambda gated, h, g: jax.vjp(lambda h: _activate(h, gated), h)[1](g),
 )
 
@@ -92,36 +92,52 @@ Module = Callable[[Any, Array], Array]
 def routed(f: Module, params: Any, x: Float[Array, "N D"], routing: Routing, tap: taps.Tap | None = None) -> Float[Array, "N D"]:
     """The same sum for any module function `f(params_m, x [N,D]) -> [N,D]` that treats tokens independently.
 
-    `params` has a leading module axis M on every leaf. The backward rule is the explicit per-module vjp. Per-token parameter
-    norms come from one vjp per token and module, taken one token at a time: exact, and slow for large modules.
+    `params` has a leading module axis M on every leaf; what `f` closes over gets no gradient. A module sees zeros in place of
+    the tokens of others. The backward rule is the explicit per-module vjp. Per-token parameter norms come from one vjp per
+    token and module, taken one token at a time: exact, and slow for large modules.
+
+    Raises:
+        ValueError: the routing is that of neurons (`routing.route_all`).
     """
+    if routing.index is None:
+        raise ValueError("modules are routed by `route`; a routing by `route_all` is that of neurons (layers.spl)")
     return _routed(f, params, x, routing.weight, routing, tap)
 
 
-def _dense(f: Module, params: Any, x: Array) -> Array:
-    return jax.vmap(f, (0, None))(params, x)  # [M,N,D]
+def _own(f: Module, params_m: Any, x: Float[Array, "N D"], hit_m: Bool[Array, " N"]) -> Float[Array, "N D"]:
+    """One module on its own tokens; zero for those of others."""
+    hit = hit_m[:, None]
+    return jnp.where(hit, f(params_m, jnp.where(hit, x, 0)), 0)
+
+
+def _hits(routing: Routing) -> Bool[Array, "N M"]:
+    return per_module(routing.active.astype(jnp.float32), routing) > 0
+
+
+def _sum_routed(f, params, x, weight, routing):
+    y = jax.vmap(partial(_own, f), (0, None, 1))(params, x, _hits(routing))  # [M,N,D]
+    return jnp.einsum("mnd,nm->nd", y, per_module(weight, routing)).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _routed(f, params, x, weight, routing, tap):
-    w = per_module(weight, routing)  # [N,M]
-    return jnp.einsum("mnd,nm->nd", _dense(f, params, x), w).astype(x.dtype)
+    return _sum_routed(f, params, x, weight, routing)
 
 
 def _routed_fwd(f, params, x, weight, routing, tap):
-    return _routed(f, params, x, weight, routing, tap), (params, x, weight, routing, tap)
+    return _sum_routed(f, params, x, weight, routing), (params, x, weight, routing, tap)
 
 
 def _routed_bwd(f, saved, g):
     params, x, weight, routing, tap = saved
     w = per_module(weight, routing)
 
-    def one_module(params_m, w_m):  # the explicit vjp of one module, on every token, cotangent masked by its weight
-        y, vjp = jax.vjp(f, params_m, x)
+    def one_module(params_m, w_m, hit_m):  # the explicit vjp of one module, on every token, cotangent masked by its weight
+        y, vjp = jax.vjp(lambda p, x: _own(f, p, x, hit_m), params_m, x)
         d_params, d_x = vjp((g * w_m[:, None]).astype(y.dtype))
         return y, d_params, d_x
 
-    y, d_params, d_x = jax.vmap(one_module, (0, 1))(params, w)
+    y, d_params, d_x = jax.vmap(one_module, (0, 1, 1))(params, w, _hits(routing))
     inner = jnp.einsum("mnd,nd->nm", y, g, preferred_element_type=jnp.float32)
     d_weight = jnp.take_along_axis(inner, routing.slots, -1) * routing.active
     if tap is None:
@@ -139,14 +155,16 @@ def _routed_bwd(f, saved, g):
     d_tap = taps.Tap(
         output=jnp.square(weight) * norm,
         attribution=jnp.square(weight * d_weight),
-        param=jnp.take_along_axis(per_token, routing.slots, -1) * routing.active,
+        param=jnp.where(routing.active, jnp.take_along_axis(per_token, routing.slots, -1), 0),
         module=jax.vmap(_squared)(d_params),
     )
     return d_params, d_x.sum(0), d_weight, None, d_tap
 
 
 def _squared(tree: Any) -> Array:
-    return sum((jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)), jnp.float32(0))
+    """Of all leaves; those of integers have no gradient."""
+    leaves = (leaf for leaf in jax.tree.leaves(tree) if leaf.dtype != jax.dtypes.float0)
+    return sum((jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves), jnp.float32(0))
 
 
 _routed.defvjp(_routed_fwd, _routed_bwd)

@@ -96,22 +96,23 @@ def permute(x: Float[Array, "P *I"], order: Int[Array, " P"], inverse: Int[Array
 
 
 permute.defvjp(
-    lambda x, order, inverse: (x[order], (order, inverse)),
-    lambda saved, g: (permute(g, saved[1], saved[0]), None, None),
+    lambda x, order, inverse: (x[order], inverse),
+    lambda inverse, g: (g[inverse], None, None),
 )
 
 
 @jax.custom_vjp
 def move(x: Float[Array, "P *I"], source: Int[Array, " Q"], place: Int[Array, " P"]) -> Float[Array, "Q *I"]:
     """x[source], zero where there is none (-1). `place` is its inverse, -1 for rows that go nowhere; the gradient moves by it."""
+    return _moved(x, source)
+
+
+def _moved(x, source):
     rows = x[jnp.maximum(source, 0)]
     return jnp.where((source >= 0).reshape(-1, *(1,) * (x.ndim - 1)), rows, 0)
 
 
-move.defvjp(
-    lambda x, source, place: (move(x, source, place), (source, place)),
-    lambda saved, g: (move(g, saved[1], saved[0]), None, None),
-)
+move.defvjp(lambda x, source, place: (_moved(x, source), place), lambda place, g: (_moved(g, place), None, None))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -153,7 +154,7 @@ def _matmul(choice, x, w, sizes, tap):
 
 
 def _matmul_fwd(choice, x, w, sizes, tap):
-    return _matmul(choice, x, w, sizes, tap), (x, w, sizes, tap)
+    return _run(choice, lambda kernel: kernel.forward, x, w, sizes), (x, w, sizes, tap)
 
 
 def _matmul_bwd(choice, saved, g):

@@ -8,16 +8,15 @@ plain matmul, and the slots are picked out of it; else pairs are sorted by modul
 Letters: N tokens, K slots, M modules, I inputs, O outputs of one module.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import grouped, parallel
 from tinyonn_jax.layers import tap as taps
 from tinyonn_jax.layers.experts import grouped_tap
-from tinyonn_jax.layers.routing import Routing
+from tinyonn_jax.layers.kernels import module_norms, squares
+from tinyonn_jax.layers.routing import Routing, held
 
 
 def project(x: Float[Array, "N I"], w: Float[Array, "M I O"], routing: Routing, tap: taps.Tap | None) -> Float[Array, "N K O"]:
@@ -60,19 +59,11 @@ def _sorted_merge(weights, x, routing, tap):
 
 
 def _all_project(weights, x, routing, tap) -> Array:
-    return _dense_project(routing.config.groups, x, *weights, routing.slots, routing.active, tap)
+    return _dense_project(x, *weights, held(routing), tap)
 
 
 def _all_merge(weights, x, routing, tap) -> Array:
-    return _dense_merge(routing.config.groups, x, *weights, routing.weight, routing.slots, routing.active, tap)
-
-
-def _hit(index: Int[Array, "N K"], active: Array, groups: int, modules: int) -> Bool[Array, "N G k P"]:
-    """Which slot of a group holds which of the group's modules: slots and modules are ordered by group."""
-    per_group = modules // groups
-    within = index - jnp.repeat(jnp.arange(groups), index.shape[1] // groups) * per_group
-    hit = (within[..., None] == jnp.arange(per_group)) & active[..., None]
-    return hit.reshape(index.shape[0], groups, -1, per_group)
+    return _dense_merge(x, *weights, routing.weight, held(routing), tap)
 
 
 def _pick(y: Float[Array, "N M O"], hit: Bool[Array, "N G k P"]) -> Float[Array, "N K O"]:
@@ -88,66 +79,62 @@ def _spread(y: Float[Array, "N K O"], hit: Bool[Array, "N G k P"]) -> Float[Arra
     return jnp.sum(jnp.where(hit[..., None], y, 0), 2).reshape(n, -1, y.shape[-1])
 
 
-def _square(x: Array) -> Array:
-    return jnp.sum(jnp.square(x.astype(jnp.float32)), -1)
+def _active(hit: Bool[Array, "N G k P"]) -> Bool[Array, "N K"]:
+    return jnp.any(hit, -1).reshape(hit.shape[0], -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dense_project(groups, x, w, index, active, tap):
-    return _dense_project_fwd(groups, x, w, index, active, tap)[0]
+@jax.custom_vjp
+def _dense_project(x, w, hit, tap):
+    return _dense_project_fwd(x, w, hit, tap)[0]
 
 
-def _dense_project_fwd(groups, x, w, index, active, tap):
+def _dense_project_fwd(x, w, hit, tap):
     modules, inputs, _ = w.shape
     y = x @ w.swapaxes(0, 1).reshape(inputs, -1)
-    return _pick(y.reshape(x.shape[0], modules, -1), _hit(index, active, groups, modules)), (x, w, index, active, tap)
+    return _pick(y.reshape(x.shape[0], modules, -1), hit), (x, w, hit, tap)
 
 
-def _dense_project_bwd(groups, saved, g):
-    x, w, index, active, tap = saved
+def _dense_project_bwd(saved, g):
+    x, w, hit, tap = saved
     modules, inputs, outputs = w.shape
-    spread = _spread(g, _hit(index, active, groups, modules)).reshape(x.shape[0], -1)  # [N,M·O]
+    spread = _spread(g, hit).reshape(x.shape[0], -1)  # [N,M·O]
     d_x = spread @ w.swapaxes(1, 2).reshape(-1, inputs)
     d_w = jnp.matmul(x.T, spread, preferred_element_type=jnp.float32).reshape(inputs, modules, outputs).swapaxes(0, 1)
     if tap is None:
-        return d_x, d_w.astype(w.dtype), None, None, None
+        return d_x, d_w.astype(w.dtype), None, None
     zero = jnp.zeros_like(tap.output)
-    param = jnp.where(active, _square(x)[:, None] * _square(g), 0)
-    return d_x, d_w.astype(w.dtype), None, None, taps.Tap(zero, zero, param, jnp.sum(jnp.square(d_w), (1, 2)))
+    param = jnp.where(_active(hit), squares(x)[:, None] * squares(g), 0)
+    return d_x, d_w.astype(w.dtype), None, taps.Tap(zero, zero, param, module_norms(True, d_w))
 
 
 _dense_project.defvjp(_dense_project_fwd, _dense_project_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dense_merge(groups, x, w, weight, index, active, tap):
-    return _dense_merge_fwd(groups, x, w, weight, index, active, tap)[0]
+@jax.custom_vjp
+def _dense_merge(x, w, weight, hit, tap):
+    return _dense_merge_fwd(x, w, weight, hit, tap)[0]
 
 
 def _weighed(x, weight, hit):
     return _spread(x * weight[..., None].astype(x.dtype), hit).reshape(x.shape[0], -1)  # [N,M·I]
 
 
-def _dense_merge_fwd(groups, x, w, weight, index, active, tap):
-    y = _weighed(x, weight, _hit(index, active, groups, w.shape[0])) @ w.reshape(-1, w.shape[2])
-    return y, (x, w, weight, index, active, tap)
+def _dense_merge_fwd(x, w, weight, hit, tap):
+    return _weighed(x, weight, hit) @ w.reshape(-1, w.shape[2]), (x, w, weight, hit, tap)
 
 
-def _dense_merge_bwd(groups, saved, g):
-    x, w, weight, index, active, tap = saved
-    modules = w.shape[0]
-    hit = _hit(index, active, groups, modules)
-    rows = _weighed(x, weight, hit)
-    d_w = jnp.matmul(rows.T, g, preferred_element_type=jnp.float32).reshape(w.shape)
-    d_rows = _pick((g @ w.reshape(-1, w.shape[2]).T).reshape(x.shape[0], modules, -1), hit)  # dL/d(weight · x)
+def _dense_merge_bwd(saved, g):
+    x, w, weight, hit, tap = saved
+    d_w = jnp.matmul(_weighed(x, weight, hit).T, g, preferred_element_type=jnp.float32).reshape(w.shape)
+    d_rows = _pick((g @ w.reshape(-1, w.shape[2]).T).reshape(x.shape[0], w.shape[0], -1), hit)  # dL/d(weight · x)
     d_x = d_rows * weight[..., None].astype(g.dtype)
     d_weight = jnp.sum((d_rows * x).astype(jnp.float32), -1)
     if tap is None:
-        return d_x, d_w.astype(w.dtype), d_weight, None, None, None
-    output = jnp.square(weight) * _square(g)[:, None]
-    param = jnp.where(active, output * _square(x), 0)
-    module = jnp.sum(jnp.square(d_w), (1, 2))
-    return d_x, d_w.astype(w.dtype), d_weight, None, None, taps.Tap(output, jnp.square(weight * d_weight), param, module)
+        return d_x, d_w.astype(w.dtype), d_weight, None, None
+    output = jnp.square(weight) * squares(g)[:, None]
+    param = jnp.where(_active(hit), output * squares(x), 0)
+    d_tap = taps.Tap(output, jnp.square(weight * d_weight), param, module_norms(True, d_w))
+    return d_x, d_w.astype(w.dtype), d_weight, None, d_tap
 
 
 _dense_merge.defvjp(_dense_merge_fwd, _dense_merge_bwd)

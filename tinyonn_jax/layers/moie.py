@@ -49,14 +49,14 @@ def spec(cfg: Config) -> Params:
 
 def apply(
     params: Params,
-    x: Float[Array, "N D"],
+    x: Float[Array, "B T D"],
     cfg: Config,
     *,
-    valid: Bool[Array, " N"] | None = None,
+    valid: Bool[Array, "B T"] | None = None,
     tap: dict[str, NeuronTap] | None = None,
-) -> tuple[Float[Array, "N D"], dict[str, routing.Routing]]:
+) -> tuple[Float[Array, "B T D"], dict[str, routing.Routing]]:
     """The layer on x; routings (and taps) by role, `first` and `second`."""
-    tap = tap or {}
-    hidden, first = spl.apply(params.first, x, cfg.first, valid=valid, tap=tap.get("first"))
-    y, second = spl.apply(params.second, hidden, cfg.second, valid=valid, tap=tap.get("second"))
-    return y, {"first": first, "second": second}
+    tap, tokens, flat = tap or {}, x.reshape(-1, cfg.dim), None if valid is None else valid.reshape(-1)
+    hidden, first = spl.apply(params.first, tokens, cfg.first, valid=flat, tap=tap.get("first"))
+    y, second = spl.apply(params.second, hidden, cfg.second, valid=flat, tap=tap.get("second"))
+    return y.reshape(x.shape), {"first": first, "second": second}

@@ -65,7 +65,7 @@ def run(
         """This device's part of the sum."""
         w = [_whole(leaf, split, modules=meet and not send) for leaf, split in zip(w, splits, strict=True)]
         if tap is not None:
-            tap = replace(tap, module=jnp.zeros(own))
+            tap = replace(tap, module=jnp.zeros(own, jnp.float32))
         if meet and send:
             return _sent(f, w, x, routing, tap, over_modules, own, layout)[None]
         if over_modules is not None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from tinyonn_jax.layers.base import Param, fan_in, layer_norm, normal, ones, zeros
+from tinyonn_jax.layers.base import Param, fan_in, layer_norm, normal, ones, wrong_choices, zeros
 from tinyonn_jax.layers.layout import each_token
 
 EPS = 1e-6
@@ -28,6 +28,9 @@ class RouterConfig:
     `modules` M; `groups` G: the modules fall into G equal runs, and selection happens within each;
     `slots`: modules per token and group, exactly (top_k) or at most (relu, hard, threshold; M/G when 0);
     `isolate`: the main loss teaches modules only, never the router (seed 4).
+
+    Raises:
+        ValueError: groups do not divide modules, or a choice that is none.
     """
 
     modules: int
@@ -39,6 +42,12 @@ class RouterConfig:
     weight: Literal["softmax", "relu", "hard"] = "softmax"
     fallback: int = 1
     isolate: bool = True
+
+    def __post_init__(self):
+        if self.modules % self.groups:
+            raise ValueError(f"groups must divide modules; got {self.modules} modules in {self.groups} groups")
+        for wrong in wrong_choices(self):
+            raise ValueError(wrong)
 
     @property
     def per_group(self) -> int:
@@ -113,7 +122,7 @@ class Routing:
 def stream_spec(dim: int) -> Stream:
     """W normal with variance 1 / fan-in; the norm's scale starts at 0.02, the size of a prototype's entries."""
     return Stream(
-        w=Param((dim, dim), (None, "embed"), fan_in()),
+        w=Param((dim, dim), (None, "embed"), fan_in),
         scale=Param((dim,), ("embed",), lambda key, shape: 0.02 * ones(key, shape)),
         bias=Param((dim,), ("embed",), zeros),
     )
@@ -149,33 +158,6 @@ def drln(v: Float[Array, "..."], axis: int = -1, floor: float = 0.0) -> Float[Ar
     ratio = v / jnp.where(peak > 0, peak, 1.0)
     # Compiled, the division may be a product with a rounded reciprocal: the largest is made exactly one, so that two cancel.
     return ratio + jax.lax.stop_gradient(jnp.where(jnp.abs(v) == peak, jnp.sign(v) - ratio, 0))
-
-
-@jax.custom_vjp
-def entropy(logits: Float[Array, "*R P"]) -> Float[Array, "*R"]:
-    """Entropy H = −Σ p log p of p = softmax(logits) over the last axis, in nats. Its gradient −p (log p + H) in closed form."""
-    return _entropy_fwd(logits)[0]
-
-
-def _entropy_fwd(logits):
-    lead = logits.shape[:-1]
-    # Without axes of length one: reducing a product of arrays that have some takes jaxlib 0.10 thirty times as long on CPUs.
-    rows = logits.reshape(*(n for n in lead if n > 1), logits.shape[-1])
-    peak = jnp.max(rows, -1)
-    z = rows - peak[..., None]
-    e = jnp.exp(z)
-    total = jnp.sum(e, -1)
-    h = jnp.log(total) - jnp.sum(e * z, -1) / total
-    return h.reshape(lead), (logits, (peak + jnp.log(total)).reshape(*lead, 1), h.reshape(*lead, 1))
-
-
-def _entropy_bwd(saved, g):
-    logits, log_total, h = saved
-    log_p = logits - log_total
-    return (-g[..., None] * jnp.exp(log_p) * (log_p + h),)
-
-
-entropy.defvjp(_entropy_fwd, _entropy_bwd)
 
 
 _exact = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # GPUs and TPUs would round float32 factors
@@ -319,21 +301,21 @@ def given(index: Int[Array, "N K"], active: Bool[Array, "N K"], modules: int) ->
     return Routing(none, index, weight, active, none[:, :0], valid, jnp.zeros_like(valid), RouterConfig(modules, slots))
 
 
-def _held(routing: Routing) -> list[Bool[Array, "*R N G P"]]:
-    """For each slot of a group, which of the group's modules it holds. Comparisons: scatters and gathers would not shard."""
+def held(routing: Routing) -> Bool[Array, "*R N G k P"]:
+    """Which of its group's modules each slot holds, none if idle. Comparisons: scatters and gathers would not shard."""
     cfg, index = routing.config, routing.slots
-    grouped = lambda v: v.reshape(*index.shape[:-1], cfg.groups, -1)  # noqa: E731
-    within = grouped(index) - cfg.per_group * jnp.arange(cfg.groups)[:, None]
-    within = jnp.where(grouped(routing.active), within, -1)
-    return [within[..., slot, None] == jnp.arange(cfg.per_group) for slot in range(within.shape[-1])]
+    by_group = lambda v: v.reshape(*index.shape[:-1], cfg.groups, -1, 1)  # noqa: E731
+    within = by_group(index) - cfg.per_group * jnp.arange(cfg.groups)[:, None, None]
+    return (within == jnp.arange(cfg.per_group)) & by_group(routing.active)
 
 
 def per_module(values: Float[Array, "*R N K"], routing: Routing) -> Float[Array, "*R N M"]:
     """Slot values laid out by module, zero where a token does not use the module."""
     if routing.index is None:
         return jnp.where(routing.active, values, 0)
-    by_group = values.reshape(*values.shape[:-1], routing.config.groups, -1)
-    each = (jnp.where(hit, by_group[..., slot, None], 0) for slot, hit in enumerate(_held(routing)))
+    hit = held(routing)
+    by_slot = jnp.where(hit, values.reshape(*hit.shape[:-1], 1), 0)
+    each = (by_slot[..., slot, :] for slot in range(hit.shape[-2]))
     return sum(each, jnp.zeros((), values.dtype)).reshape(routing.logits.shape)
 
 
@@ -341,9 +323,10 @@ def per_slot(values: Float[Array, "*R N M"], routing: Routing) -> Float[Array, "
     """Module values laid out by slot, zero in idle slots."""
     if routing.index is None:
         return jnp.where(routing.active, values, 0)
-    by_group = values.reshape(*values.shape[:-1], routing.config.groups, -1)
-    laid = jnp.stack([jnp.sum(jnp.where(hit, by_group, 0), -1) for hit in _held(routing)], -1)
-    return laid.reshape(routing.weight.shape)
+    hit = held(routing)
+    by_group = values.reshape(*hit.shape[:-2], -1)
+    each = [jnp.sum(jnp.where(hit[..., slot, :], by_group, 0), -1) for slot in range(hit.shape[-2])]
+    return jnp.stack(each, -1).reshape(routing.weight.shape)
 
 
 def pooled(values: Float[Array, "*R M"], like: Float[Array, "*L M"]) -> Float[Array, "*L M"]:

@@ -8,6 +8,8 @@ squared norms scale by c².
 Letters: N tokens, K slots, M modules, D model. Source: seed 1 (section 3), seed 3; per-token norms after Goodfellow (2015).
 """
 
+from functools import partial
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -52,9 +54,10 @@ Taps = dict[str, Tap | NeuronTap]
 def zeros(routing: Routing) -> Tap | NeuronTap:
     """The tap that fits a routing (or its `jax.eval_shape`), recursions or layers leading as they do there."""
     slots, modules = routing.weight.shape, routing.logits.shape[:-2] + routing.logits.shape[-1:]
+    zero = partial(jnp.zeros, dtype=jnp.float32)
     if routing.index is None:
-        return NeuronTap(jnp.zeros(slots), jnp.zeros(slots[:-1]), jnp.zeros(modules), jnp.zeros(modules))
-    return Tap(jnp.zeros(slots), jnp.zeros(slots), jnp.zeros(slots), jnp.zeros(modules))
+        return NeuronTap(zero(slots), zero(slots[:-1]), zero(modules), zero(modules))
+    return Tap(zero(slots), zero(slots), zero(slots), zero(modules))
 
 
 def combine(outputs: Float[Array, "N K D"], weight: Float[Array, "N K"], tap: Tap | None = None) -> Float[Array, "N D"]:

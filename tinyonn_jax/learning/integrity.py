@@ -6,7 +6,7 @@ Source: seed 2 (core metrics), seed 3 §3.2; MECHANISMS §7.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tinyonn_jax.layers.routing import entropy
+from tinyonn_jax.layers.base import entropy
 
 
 def tau(logits: Float[Array, "*B V"], mask: Float[Array, "*B"]) -> Array:

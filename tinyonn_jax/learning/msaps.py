@@ -20,7 +20,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers.routing import EPS, Router, Routing, drln, effective, per_module, pooled, served
-from tinyonn_jax.learning.rule import LearningRule, initial, layers, part, record, replace_layer, routers
+from tinyonn_jax.learning.rule import LearningRule, initial, layers, part, record, replace_part, routers
 from tinyonn_jax.learning.signals import Signals
 
 BORN = 0.5
@@ -65,7 +65,7 @@ def protection(size: Float[Array, "*L M"], accuracy: Array, temperature: float) 
     less than all, or none could begin to move. τ = τ0·(1 − accuracy) falls as the network gets better.
     """
     larger = jnp.sum(size[..., None, :] > size[..., None], -1)
-    rank = larger / max(size.shape[-1] - 1, 1)
+    rank = larger.astype(size.dtype) / max(size.shape[-1] - 1, 1)
     return jnp.exp((rank - 1) / jnp.maximum(temperature * (1 - accuracy), 1e-3))
 
 
@@ -132,7 +132,7 @@ def msaps(
         return loss, {"loss_proto": proto, "loss_gate": gate / max(len(routings), 1), "layers": per_layer}
 
     def adjust(grads, params, routings, signals, meta):
-        decay = l2 * mean_norm(params)
+        decay = l2 * mean_norm(params) if l2 else 0.0
         for name, layer in layers(params).items():
             router, gradient = part(layer, "router"), part(layers(grads)[name], "router")
             d_proto = gradient.proto
@@ -145,8 +145,8 @@ def msaps(
                     part(layers(grads)[name], "modules"),
                     part(layer, "modules"),
                 )
-                grads = replace_layer(grads, f"{name}.modules".lstrip("."), modules)
-            grads = replace_layer(grads, f"{name}.router".lstrip("."), replace(gradient, proto=d_proto))
+                grads = replace_part(grads, name, "modules", modules)
+            grads = replace_part(grads, name, "router", replace(gradient, proto=d_proto))
         return grads
 
     def update(meta, routings, signals, metrics):
@@ -164,7 +164,7 @@ def msaps(
             rate = meta.rule[name]
             dead[name] = rate < renew
             proto = reborn(router.proto, dead[name], jax.random.fold_in(key, len(rates)))
-            params = replace_layer(params, f"{name}.router".lstrip("."), replace(router, proto=proto))
+            params = replace_part(params, name, "router", replace(router, proto=proto))
             rates[name] = jnp.where(dead[name], BORN, rate)
         return params, replace(meta, rule=rates), dead
 
@@ -192,5 +192,5 @@ def reborn(proto: Float[Array, "*L M D"], dead: Bool[Array, "*L M"], key: Array)
     count = jnp.maximum(jnp.sum(alive, -2, keepdims=True), 1)
     centroid = jnp.sum(jnp.where(alive, proto, 0), -2, keepdims=True) / count
     spread = jnp.sqrt(jnp.sum(jnp.where(alive, (proto - centroid) ** 2, 0), (-2, -1), keepdims=True) / (count * proto.shape[-1]))
-    fresh = centroid + 0.5 * spread * jax.random.normal(key, proto.shape)
+    fresh = centroid + 0.5 * spread * jax.random.normal(key, proto.shape, proto.dtype)
     return jnp.where(alive | ~jnp.any(alive, -2, keepdims=True), proto, fresh)

@@ -6,6 +6,7 @@ cannot meet the wrong router. Letters: N tokens, K slots, M modules.
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -57,19 +58,29 @@ class LearningRule(NamedTuple):
 
 
 def layers(params: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Every routed layer of a params tree, by the dotted path to it: the sub-structs that hold a `router`."""
-    if isinstance(params, dict):
-        children = params.items()
-    elif hasattr(params, "__dataclass_fields__"):
-        children = [(name, getattr(params, name)) for name in params.__dataclass_fields__]
-    elif isinstance(params, list | tuple):
-        children = [(str(i), child) for i, child in enumerate(params)]
-    else:
-        return {}
-    children = dict(children)
+    """Every routed layer of a params tree, by the dotted path to it: the sub-structs that hold a `router`.
+
+    Raises:
+        ValueError: a key on the way to one has a dot in it.
+    """
+    children = _children(params)
     if isinstance(children.get("router"), Router):
         return {".".join(path): params}
-    return {name: layer for key, child in children.items() for name, layer in layers(child, (*path, str(key))).items()}
+    found = {name: layer for key, child in children.items() for name, layer in layers(child, (*path, key)).items()}
+    if found and any("." in key and layers(child) for key, child in children.items()):
+        raise ValueError(f"routed layers are named by dotted paths: rename what has a dot in its name among {sorted(children)}")
+    return found
+
+
+def _children(params: Any) -> dict[str, Any]:
+    """The parts of a params struct by name; none of an array."""
+    if isinstance(params, dict):
+        return {str(key): child for key, child in params.items()}
+    if hasattr(params, "__dataclass_fields__"):
+        return {name: getattr(params, name) for name in params.__dataclass_fields__}
+    if hasattr(params, "_fields"):
+        return params._asdict()
+    return {str(i): child for i, child in enumerate(params)} if isinstance(params, list | tuple) else {}
 
 
 def routers(params: Any) -> Routers:
@@ -78,8 +89,17 @@ def routers(params: Any) -> Routers:
 
 
 def part(layer: Any, name: str) -> Any:
-    """One part of a layer, be it a struct or a dict."""
-    return layer[name] if isinstance(layer, dict) else getattr(layer, name)
+    """One part of a layer, be it a struct or a dict.
+
+    Raises:
+        ValueError: it has none of that name.
+    """
+    parts = _children(layer)
+    if name not in parts:
+        raise ValueError(
+            f"a routed layer holds its router as `router` and its modules as `modules`; this one has {sorted(parts)}"
+        )
+    return parts[name]
 
 
 def replace_layer(params: Any, name: str, layer: Any) -> Any:
@@ -87,12 +107,28 @@ def replace_layer(params: Any, name: str, layer: Any) -> Any:
     if not name:
         return layer
     head, _, rest = name.partition(".")
+    child = replace_layer(_children(params)[head], rest, layer)
     if isinstance(params, dict):
-        return {**params, head: replace_layer(params[head], rest, layer)}
+        changed = copy(params)  # of its own type
+        changed[next(key for key in params if str(key) == head)] = child
+        return changed
+    if hasattr(params, "_fields"):
+        return params._replace(**{head: child})
     if isinstance(params, list | tuple):
-        children = [replace_layer(c, rest, layer) if i == int(head) else c for i, c in enumerate(params)]
-        return type(params)(*children) if hasattr(params, "_fields") else type(params)(children)
-    return params.replace(**{head: replace_layer(getattr(params, head), rest, layer)})
+        return type(params)(child if i == int(head) else c for i, c in enumerate(params))
+    return replace(params, **{head: child})
+
+
+def replace_part(params: Any, layer: str, name: str, value: Any) -> Any:
+    """`params` with one part of the layer of that name replaced."""
+    return replace_layer(params, f"{layer}.{name}".lstrip("."), value)
+
+
+def without_routers(params: Any) -> Any:
+    """A params tree, or its gradients, with None in place of every router."""
+    for name in layers(params):
+        params = replace_part(params, name, "router", None)
+    return params
 
 
 def logits_of(router: Router, routing: Routing) -> Float[Array, "*R N M"]:

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from tinyonn_jax.layers.routing import Routing, drln, entropy, per_module, per_slot, pooled, served
-from tinyonn_jax.learning.rule import LearningRule, initial, layers, logits_of, mean_over_tokens, part, record, replace_layer
+from tinyonn_jax.layers.base import entropy
+from tinyonn_jax.layers.routing import Routing, drln, per_module, per_slot, pooled, served
+from tinyonn_jax.learning.rule import LearningRule, initial, layers, logits_of, mean_over_tokens, part, record, replace_part
 from tinyonn_jax.learning.signals import Signals
 
 Granularity = Literal["module", "token"]
@@ -125,7 +126,7 @@ def sars(
         for name, layer in layers(grads).items():
             good = goodness(routings[name], signals[name], granularity, neuron_cost)
             total = _totals(_laid(good, routings[name], granularity), routings[name], part(layer, "router").proto)
-            grads = replace_layer(grads, f"{name}.modules".lstrip("."), gate(part(layer, "modules"), total > 0))
+            grads = replace_part(grads, name, "modules", gate(part(layer, "modules"), total > 0))
         return grads
 
     return LearningRule(initial, objective, adjust, record)

@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tinyonn_jax.arc.augment import DIHEDRALS
+from tinyonn_jax.arc.tokens import VOCAB
 from tinyonn_jax.config import ModelConfig
-from tinyonn_jax.layers import attention, deferred, dynmoe, dynsiha, dynsiha_plus, experts, grouped, layout, linear, moie
-from tinyonn_jax.layers.base import Param, normal, ones, rms_norm, stack
-from tinyonn_jax.layers.routing import Router, RouterConfig, Routing, effective, entropy, stream_spec
+from tinyonn_jax.layers import attention, deferred, dynmoe, dynsiha, dynsiha_plus, experts, grouped, layout, linear, mha, moie
+from tinyonn_jax.layers.base import Param, entropy, normal, ones, rms_norm, stack
+from tinyonn_jax.layers.routing import Router, RouterConfig, Routing, effective, stream_spec
 from tinyonn_jax.layers.tap import Taps
 
 T = TypeVar("T")
-VOCAB = 14
-DIHEDRALS = 8
 ATTENTION, FEEDFORWARD = "block.attention", "block.feedforward"
 
 
@@ -69,10 +69,14 @@ def _router(cfg: ModelConfig, isolate: bool, modules: int, slots: int, groups: i
 
 
 def _attention_config(cfg: ModelConfig, isolate: bool = True) -> Any:
-    if cfg.kind == "dyntrm":
-        router = _router(cfg, isolate, cfg.latent_heads, cfg.active_heads, groups=cfg.heads)
-        return dynsiha_plus.Config(cfg.dim, cfg.head_dim, router)
-    return dynsiha.Config(cfg.dim, cfg.heads, _router(cfg, isolate, cfg.dim, 0))
+    match cfg.kind:
+        case "dense":
+            return mha.Config(cfg.dim, cfg.heads, cfg.head_dim)
+        case "dyntrm":
+            router = _router(cfg, isolate, cfg.latent_heads, cfg.active_heads, groups=cfg.heads)
+            return dynsiha_plus.Config(cfg.dim, cfg.head_dim, router)
+        case _:
+            return dynsiha.Config(cfg.dim, cfg.heads, _router(cfg, isolate, cfg.dim, 0))
 
 
 def _feedforward_config(cfg: ModelConfig, isolate: bool = True) -> Any:
@@ -86,7 +90,7 @@ def _parts(cfg: ModelConfig) -> tuple[Any, Any]:
     """The specs of a block's attention and feed-forward layer."""
     match cfg.kind:
         case "dense":
-            return attention.spec(cfg.dim, cfg.heads, cfg.head_dim), experts.mlp_spec(cfg.dim, cfg.hidden, cfg.gated)
+            return mha.spec(_attention_config(cfg)), experts.mlp_spec(cfg.dim, cfg.hidden, cfg.gated)
         case "dyntrm":
             return dynsiha_plus.spec(_attention_config(cfg)), dynmoe.spec(_feedforward_config(cfg))
         case "dfc" | "dfc_hard":
@@ -162,16 +166,16 @@ def _part_of(taps: Taps | None, layer: str) -> Any:
 
 
 def _attend(params: Any, x: Array, cfg: ModelConfig, isolate: bool, where, valid, tap, cache):
+    layer = _attention_config(cfg, isolate)
     match cfg.kind:
         case "dense":
-            y, cache = attention.apply(params, x, cfg.head_dim, where, cache)
+            y, cache = mha.apply(params, x, layer, where=where, cache=cache)
             return y, {}, cache
         case "dyntrm":
-            layer = _attention_config(cfg, isolate)
             y, chosen, cache = dynsiha_plus.apply(params, x, layer, where=where, valid=valid, cache=cache, tap=tap.get(""))
             return y, {"": chosen}, cache
         case _:
-            return dynsiha.apply(params, x, _attention_config(cfg, isolate), where=where, valid=valid, cache=cache, tap=tap)
+            return dynsiha.apply(params, x, layer, where=where, valid=valid, cache=cache, tap=tap)
 
 
 def _feed(params: Any, x: Array, cfg: ModelConfig, isolate: bool, valid, tap):
@@ -184,9 +188,7 @@ def _feed(params: Any, x: Array, cfg: ModelConfig, isolate: bool, valid, tap):
         case _ if params is None:
             return jnp.zeros_like(x), {}
         case _:
-            flat = None if valid is None else valid.reshape(-1)
-            y, routings = moie.apply(params, x.reshape(-1, cfg.dim), _feedforward_config(cfg, isolate), valid=flat, tap=tap)
-            return y.reshape(x.shape), routings
+            return moie.apply(params, x, _feedforward_config(cfg, isolate), valid=valid, tap=tap)
 
 
 def refined(params: T) -> T:

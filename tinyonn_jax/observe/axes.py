@@ -16,8 +16,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from tinyonn_jax.observe.files import write_atomically
 from tinyonn_jax.observe.metrics import Row, column
-from tinyonn_jax.observe.writers import write_atomically
 
 # Okabe and Ito's colours, told apart under every common colour blindness.
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#AA4499", "#56B4E9", "#D55E00"
@@ -77,6 +77,13 @@ def legend(*axes: Axes) -> None:
 def legend_entries(axes: Sequence[Axes]) -> dict[str, Any]:
     """What the axes' curves are called, each name once, with what it looks like."""
     return {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+
+
+def legend_below(figure: Figure) -> None:
+    """One legend for all axes of a figure, below them."""
+    entries = legend_entries(figure.axes)
+    look = {"ncols": min(len(entries), 4) or 1, "frameon": False, "fontsize": 9, "labelcolor": INK}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", **look)
 
 
 def smooth(values: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"]:

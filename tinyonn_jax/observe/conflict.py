@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from tinyonn_jax.observe.axes import INK, MUTED, SERIES, legend_entries, log_axis, new_figure, step_axis, style
+from tinyonn_jax.observe.axes import INK, MUTED, SERIES, legend_below, log_axis, new_figure, step_axis, style
 from tinyonn_jax.observe.metrics import Row, column
 
 PANELS = (
@@ -43,9 +43,7 @@ def conflict_figure(networks: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
             ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         else:
             log_axis(ax)
-    entries = legend_entries(figure.axes)
-    look = {"ncols": min(len(entries), 4) or 1, "frameon": False, "fontsize": 9, "labelcolor": INK}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", **look)
+    legend_below(figure)
     return figure
 
 

@@ -17,8 +17,9 @@ from scipy.special import stdtrit
 from tinyonn_jax.arc.continual import MEASURES, measures
 from tinyonn_jax.config import ConfigError
 from tinyonn_jax.observe.axes import INK, MUTED, SHARE_COLOURS, new_figure, save
+from tinyonn_jax.observe.files import write_atomically
 from tinyonn_jax.observe.metrics import lookup, percent
-from tinyonn_jax.observe.writers import read_metrics, write_atomically
+from tinyonn_jax.observe.writers import plain, read_metrics
 
 ACCURACIES = {"stage_acc": "of output tokens", "stage_exact": "of whole grids"}
 """What is measured, by its name in metrics.jsonl."""
@@ -111,5 +112,5 @@ def figure(results: Mapping[str, Any]) -> Figure:
 
 def write(folder: Path, results: Mapping[str, Any]) -> list[Path]:
     """Writes `continual.json` and `continual.png`; returns their paths."""
-    text = json.dumps(results, indent=1).replace("NaN", "null")
+    text = json.dumps(plain(results), indent=1, allow_nan=False)
     return [write_atomically(folder / "continual.json", text + "\n"), save(figure(results), folder / "continual.png")]

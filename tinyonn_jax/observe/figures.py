@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from tinyonn_jax.observe.axes import (
     BLUE,
@@ -29,7 +29,6 @@ from tinyonn_jax.observe.axes import (
     curve,
     empty,
     legend,
-    legend_entries,
     log_axis,
     new_figure,
     save,
@@ -305,6 +304,30 @@ def _plane(points: Float[np.ndarray, "M D"]) -> tuple[Float[np.ndarray, "M 2"], 
     return flat, np.pad(size**2, (0, 2))[:2] / max(float((size**2).sum()), 1e-12)
 
 
+def _together(points: Float[np.ndarray, "M 2"], share: float = 0.08) -> list[list[int]]:
+    """Points by neighbourhood, so that one label can stand for all that would cover each other: each joins the first group whose
+    first member is nearer than `share` of the extent."""
+    near, groups = share * np.ptp(points, 0).max(), []
+    for m, point in enumerate(points):
+        home = next((group for group in groups if np.hypot(*(points[group[0]] - point)) <= near), None)
+        if home is None:
+            groups.append([m])
+        else:
+            home.append(m)
+    return groups
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers in short: 0, 2–5, 7."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
 def _prototypes(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> None:
     points = _snapshot(routing, layer, "proto")
     if points is None:
@@ -313,10 +336,12 @@ def _prototypes(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> 
     for mask, label, colour, marker in _verdicts(routing, layer, len(points)):
         ax.scatter(*flat[mask].T, s=46, color=colour, marker=marker, edgecolor="white", linewidth=0.7, label=label, zorder=3)
     if len(points) <= 32:
-        for m, (x, y) in enumerate(flat):
-            ax.annotate(str(m), (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7.5, color=INK)
+        for members in _together(flat):
+            label, place = _ranges(members), {"xytext": (2, 5), "textcoords": "offset points"}
+            ax.annotate(label, flat[members[0]], **place, rotation=40, fontsize=7.5, color=INK)
     ax.grid(axis="both", color=FAINT, linewidth=0.6)
     ax.margins(0.12)
+    ax.set_aspect("equal", adjustable="datalim")  # distances mean something only on one scale
     ax.set_ylabel(_name(layer), color=_colour(layer), fontsize=9.5)
     ax.tick_params(labelbottom=False, labelleft=False)
     ax.set_xlabel(f"{percent(explained[0])} and {percent(explained[1])} of variance", fontsize=8, color=MUTED)
@@ -367,31 +392,4 @@ def expert_dashboard(rows: Sequence[Row], routing: Routing | None = None) -> Fig
             axes[0].text(
                 0.02, 0.02, f"goodness: {NOT_MEASURED}", transform=axes[0].transAxes, fontsize=8, color=MUTED, style="italic"
             )
-    return figure
-
-
-# --- runs side by side --------------------------------------------------------------------------------------------------
-
-
-def compare_figure(runs: Mapping[str, Sequence[Row]]) -> Figure:
-    """Loss, share of exact sequences and tokens per second of several runs, over steps."""
-    figure = new_figure(10.5, 3.9)
-    panels = (("main_loss", "Loss"), ("exact", "Whole grids right"), ("tokens_per_second", "Tokens per second"))
-    for ax, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
-        step_axis(style(ax, title))
-        drawn = [curve(ax, rows, key, name, SERIES[i % len(SERIES)], linestyle="-" if i < len(SERIES) else "--")
-                 for i, (name, rows) in enumerate(runs.items())]  # fmt: skip
-        if not any(drawn):
-            empty(ax, "not logged")
-        elif key == "main_loss":
-            log_axis(ax)
-        elif key == "exact":
-            ax.set_ylim(-0.02, 1.02)
-            ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-        else:
-            ax.set_ylim(bottom=0)
-            ax.yaxis.set_major_formatter(EngFormatter(sep=""))
-    entries = legend_entries(figure.axes)
-    look = {"ncols": min(len(entries), 4) or 1, "frameon": False, "fontsize": 9, "labelcolor": INK}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", **look)
     return figure

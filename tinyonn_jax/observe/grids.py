@@ -1,6 +1,6 @@
-"""Grids as pictures: a task with its answers, and a gallery of tasks. `entries`: see `observe.answers`."""
+"""Grids as pictures: a task with its answers. `entries`: see `observe.answers`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -37,10 +37,10 @@ def _draw_grids(axes: Sequence[Axes], cells: Sequence[Cell]) -> None:
         ax.set_ylim((h + height) / 2 - 0.4, (h - height) / 2 - 0.6)
 
 
-def _cells(entry: Entry, submitted_only: bool = False) -> list[Cell]:
+def _cells(entry: Entry) -> list[Cell]:
     truth = entry.get("truth")
     cells: list[Cell] = [("test input", entry["input"], None, ""), ("truth", truth, None, "" if truth is not None else "unknown")]
-    return cells + [(name, grid, *judge(grid, truth)) for name, grid in answers(entry)[submitted_only:]]
+    return cells + [(name, grid, *judge(grid, truth)) for name, grid in answers(entry)]
 
 
 def task_figure(task_id: str, entries: Sequence[Entry], demonstrations: Sequence[Sequence[Grid]] = ()) -> Figure:
@@ -62,21 +62,4 @@ def task_figure(task_id: str, entries: Sequence[Entry], demonstrations: Sequence
         ax.set_axis_off()
     for line, cells in zip(axes, lines, strict=True):
         _draw_grids(list(line), cells)
-    return figure
-
-
-def gallery(tasks: Mapping[str, Sequence[Entry]]) -> Figure:
-    """The first test input of each task, two tasks a line: input, truth and the submitted answers. A dozen tasks look best."""
-    lines = max(-(-len(tasks) // 2), 1)
-    figure = Figure(figsize=(10.5, 1.75 * lines), layout="constrained")
-    axes = figure.subplots(lines, 9, squeeze=False, width_ratios=(1, 1, 1, 1, 0.12, 1, 1, 1, 1))
-    for ax in axes.flat:
-        ax.set_axis_off()
-    if not tasks:
-        figure.text(0.5, 0.5, "no predictions yet", ha="center", color=MUTED, style="italic")
-    for i, (task_id, entries) in enumerate(tasks.items()):
-        (_, question, _, _), (_, truth, _, _), *attempts = _cells(entries[0], submitted_only=True)
-        cells: list[Cell] = [(task_id, question, None, "input"), ("", truth, None, "truth")]
-        cells += [("", grid, right, why) for _, grid, right, why in attempts]
-        _draw_grids(list(axes[i // 2, 5 * (i % 2) :]), cells)
     return figure

@@ -1,4 +1,4 @@
-"""The report of a run: one `report.html` made from the run folder's files, with everything inside it, and runs side by side.
+"""The report of a run: one `report.html` made from the run folder's files, with everything inside it.
 
 The page needs no network and no script: pictures are data URIs, grids are inline SVG. A file that is missing is said in words.
 """
@@ -6,7 +6,6 @@ The page needs no network and no script: pictures are data URIs, grids are inlin
 import base64
 import dataclasses
 import html
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -14,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from tinyonn_jax.config import Config, ConfigError, from_json
-from tinyonn_jax.observe import console as terminal
+from tinyonn_jax.config import Config, ConfigError
 from tinyonn_jax.observe.answers import ARC_COLOURS, MARK, Entry, Grid, answers, judge, solved
-from tinyonn_jax.observe.axes import save
-from tinyonn_jax.observe.figures import compare_figure, write_dashboards
+from tinyonn_jax.observe.figures import write_dashboards
+from tinyonn_jax.observe.files import read_config, read_json, write_atomically
 from tinyonn_jax.observe.metrics import Row, column, count, duration, latest, percent, training_seconds
-from tinyonn_jax.observe.writers import read_metrics, write_atomically
+from tinyonn_jax.observe.writers import read_metrics
 from tinyonn_jax.presets import PRESETS
 
 MOST_TASKS = 200  # pictures of solved, and as many of failed tasks: the page of 400 large tasks stays under a few megabytes
@@ -36,23 +33,6 @@ AGGREGATIONS = (
 # --- files --------------------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> Any:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({error}); write it again with evaluate, or delete it") from None
-
-
-def _config(folder: Path) -> Config | None:
-    """The run's configuration; None when there is none, or when this version cannot read it."""
-    try:
-        return from_json((folder / "config.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ConfigError):
-        return None
-
-
 def _flag(section: str, name: str, value: Any) -> str:
     if isinstance(value, bool):
         return f"--{section}.{'' if value else 'no-'}{name}"
@@ -60,14 +40,20 @@ def _flag(section: str, name: str, value: Any) -> str:
     return " ".join([f"--{section}.{name}", *(shlex.quote(str(v)) for v in values)])
 
 
-def preset_and_flags(config: Config) -> tuple[str, list[str]]:
-    """The preset nearest to a configuration, and the command-line flags that lead from it to the configuration."""
+def preset_and_flags(config: Config, preset: str | None = None) -> tuple[str, list[str]]:
+    """The preset that a run began with, or the nearest to its configuration, and the command-line flags that lead from there."""
 
     def flags(base: Config) -> list[str]:
         start, end = dataclasses.asdict(base), dataclasses.asdict(config)
         return [_flag(s, k, v) for s, values in end.items() for k, v in values.items() if v != start[s][k]]
 
-    return min(((name, flags(base)) for name, (_, base) in PRESETS.items()), key=lambda found: len(found[1]))
+    candidates = [preset] if preset in PRESETS else PRESETS
+    return min(((name, flags(PRESETS[name][1])) for name in candidates), key=lambda found: len(found[1]))
+
+
+def _preset_and_flags(folder: Path, config: Config) -> tuple[str, list[str]]:
+    origin = read_json(folder / "run.json")
+    return preset_and_flags(config, origin.get("preset") if isinstance(origin, dict) else None)
 
 
 # --- pieces of the page -------------------------------------------------------------------------------------------------
@@ -204,7 +190,7 @@ def _configuration(folder: Path, config: Config | None) -> str:
             return _missing("No configuration: <code>config.json</code> is missing.")
         text = _esc(path.read_text(encoding="utf-8", errors="replace"))
         return _missing("Written by another version; shown as it is.") + f'<pre class="scroll">{text}</pre>'
-    preset, _ = preset_and_flags(config)
+    preset, _ = _preset_and_flags(folder, config)
     base = dataclasses.asdict(PRESETS[preset][1])
     out = f'<p class="note">Marked fields differ from preset <code>{preset}</code>.</p><div class="sections">'
     for section, values in dataclasses.asdict(config).items():
@@ -219,7 +205,7 @@ def _configuration(folder: Path, config: Config | None) -> str:
 def _reproduce(folder: Path, config: Config | None, score: Entry | None) -> str:
     if config is None:
         return _missing("The command is not known without a readable <code>config.json</code>.")
-    preset, flags = preset_and_flags(config)
+    preset, flags = _preset_and_flags(folder, config)
     workdir = f"--workdir runs/{shlex.quote(folder.name)}"
     lines = [" ".join(["python experiments/arc.py train", f"--preset {preset}", workdir, *flags])]
     augmentations = (score or {}).get("augmentations", config.eval.augmentations)
@@ -257,15 +243,17 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such run folder; train writes it")
-    rows, config = read_metrics(folder), _config(folder)
-    score, predictions, parameters = (_read_json(folder / f"{name}.json") for name in ("score", "predictions", "parameters"))
+    rows, config = read_metrics(folder), read_config(folder)
+    score, predictions, parameters = (read_json(folder / f"{name}.json") for name in ("score", "predictions", "parameters"))
     core, experts = write_dashboards(folder)
     name = folder.resolve().name
     says = ""
     if config is not None:
         m = config.model
         says = f"{m.kind}, width {m.dim}, {m.depth} {'recursions of one block' if m.recursed else 'blocks'}"
-        says += "" if m.kind == "dense" else f", {m.active_experts} of {m.experts} experts, rule {config.learning.rule}"
+        if m.kind != "dense":
+            modules = f"{m.active_experts} of {m.experts} experts" if m.kind == "dyntrm" else "neurons"
+            says += f", routed {modules}, rule {config.learning.rule}"
         says += f" · trained on {', '.join(config.data.train)} · scored on {config.data.eval} · seed {config.train.seed}"
     sections = (
         ("Score", _scores(score)),
@@ -356,56 +344,3 @@ figure.right small{color:var(--right)}figure.wrong small{color:var(--wrong)}
 
 
 # --- runs side by side --------------------------------------------------------------------------------------------------
-
-
-def comparison(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[list[str]]]:
-    """Header and one line a run: what it is, its size, time and newest metrics, its scores. A dash is for what is not there."""
-    header = [
-        "run",
-        "kind",
-        "rule",
-        "parameters",
-        "steps",
-        "time",
-        "loss",
-        "val. grids",
-        "tokens/s",
-        "pass@1",
-        "pass@2",
-        "interval",
-    ]
-    table = []
-    for folder in map(Path, folders):
-        rows, config = read_metrics(folder), _config(folder)
-        score, parameters = (_read_json(folder / f"{name}.json") for name in ("score", "parameters"))
-        values = latest(rows)
-        share = {name: percent(score[name]["outputs"]) if score else "–" for name in ("pass@1", "pass@2")}
-        interval = (score or {}).get("intervals", {}).get("pass@2", {}).get("outputs")
-        table.append([
-            str(folder),
-            config.model.kind if config else "–",
-            "–" if config is None or config.model.kind == "dense" else config.learning.rule,
-            count(parameters["total"]) if parameters else "–",
-            str(rows[-1]["step"]) if rows else "–",
-            duration(training_seconds(rows)) if "seconds" in values else "–",
-            f"{values['main_loss']:.4f}" if "main_loss" in values else "–",
-            percent(values.get("valid_exact")),
-            count(values["tokens_per_second"]) if "tokens_per_second" in values else "–",
-            share["pass@1"],
-            share["pass@2"],
-            f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "–",
-        ])  # fmt: skip
-    return header, table
-
-
-def compare(folders: Sequence[str | os.PathLike[str]], picture: str | os.PathLike[str], console: Console | None = None) -> Path:
-    """Prints the scores of several runs side by side and draws their curves into the PNG `picture`; returns its path.
-
-    Raises:
-        ConfigError: one of the folders does not exist, or one of its files is damaged.
-    """
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise ConfigError(f"{folder}: no such run folder; train writes it")
-    terminal.table("Scores are shares of test outputs", *comparison(folders), console=console)
-    return save(compare_figure({str(folder): read_metrics(folder) for folder in folders}), picture)

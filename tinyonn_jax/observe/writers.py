@@ -15,37 +15,25 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from tinyonn_jax.config import ConfigError
+from tinyonn_jax.observe.files import write_atomically
 
 METRICS = "metrics.jsonl"
 
 
-def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Replaces a file in one move, making its folder: whoever reads it, and whenever, sees all of the old or all of the new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Arrays and their scalars as JSON numbers and lists, float32 in its shortest exact form, non-finite numbers as None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(v) for key, v in value.items()}
+        return {str(key): plain(v) for key, v in value.items()}
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float):  # np.float64 too
         return float(value) if math.isfinite(value) else None
     array = np.asarray(value)
     if array.ndim:
-        return [_plain(v) for v in array]
-    return _plain(float(str(array)) if array.dtype.kind not in "biu" else array.item())
+        return [plain(v) for v in array]
+    return plain(float(str(array)) if array.dtype.kind not in "biu" else array.item())
 
 
 def _scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -106,7 +94,7 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One row: numbers, arrays, strings, nested dicts of them. NaN and infinity become null; TensorBoard gets the scalars."""
-        row = _plain({"step": step} | dict(metrics))
+        row = plain({"step": step} | dict(metrics))
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         for tag, value in _scalars(row):

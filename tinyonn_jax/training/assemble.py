@@ -24,7 +24,7 @@ from tinyonn_jax.config import Config, ConfigError, ModelConfig
 from tinyonn_jax.layers import base, grouped
 from tinyonn_jax.layers.layout import over
 from tinyonn_jax.layers.routing import data_init
-from tinyonn_jax.learning.rule import LearningRule, layers, replace_layer, routers
+from tinyonn_jax.learning.rule import LearningRule, layers, replace_part, routers
 from tinyonn_jax.models import transformer
 from tinyonn_jax.training import sharding
 from tinyonn_jax.training.objective import make_loss, make_rule, token_losses
@@ -76,7 +76,7 @@ def assemble(config: Config, mesh: Mesh, tasks: int, example: Batch) -> Program:
             made = loss_fn(params, None, jax.tree.map(jnp.asarray, example))[1].routings
             for i, (name, router) in enumerate(routers(params).items()):
                 started = data_init(router, made[name], jax.random.fold_in(key, i))
-                params = replace_layer(params, f"{name}.router", started)
+                params = replace_part(params, name, "router", started)
         return TrainState.create(params, tx, rule.init(params, routings), config.train.seed)
 
     like = sharding.abstract(mesh, spec, make)

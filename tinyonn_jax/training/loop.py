@@ -21,7 +21,7 @@ from tinyonn_jax.training.checkpoint import Checkpoints
 
 
 class State(Protocol):
-    """A dataclass of arrays with `params`, `ema` and the number of steps done."""
+    """Any state that counts the steps done."""
 
     @property
     def step(self) -> Any: ...
@@ -84,7 +84,6 @@ def run(
     put: Callable[[B], Any] = lambda batch: batch,
     tokens: Callable[[B], int] = lambda batch: 0,
     validate: Callable[[S], dict[str, float]] | None = None,
-    score: str = "valid_exact",
     on_checkpoint: Callable[[int, S, dict[str, Any]], None] | None = None,
     started: float | None = None,
 ) -> S:
@@ -97,7 +96,7 @@ def run(
         max_skipped: consecutive skipped steps that end the run.
         put: brings a host batch to the devices.
         tokens: real tokens in a host batch.
-        validate: measures a state; its numbers join that step's row, and the one named `score` ranks the checkpoint.
+        validate: measures a state; its numbers join that step's row, and `valid_exact` ranks the checkpoint.
         on_checkpoint: called with each step that is saved, its state and metrics.
         started: `time.time()` when the program started.
 
@@ -152,7 +151,7 @@ def run(
             look_at(*last, validation)
             last = None
             with pace.paused():
-                checkpoints.save(n, state, None if validation is None else validation.get(score))
+                checkpoints.save(n, state, None if validation is None else validation.get("valid_exact"))
                 if on_checkpoint is not None:
                     on_checkpoint(n, state, metrics)
             if stopping:

@@ -122,11 +122,6 @@ def partition(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) 
     return PartitionSpec(*split)
 
 
-def shardings(mesh: Mesh, spec: Any) -> Any:
-    """A `NamedSharding` for every `Param` of a spec."""
-    return jax.tree.map(lambda p: NamedSharding(mesh, partition(mesh, p.axes, p.shape)), spec, is_leaf=is_param)
-
-
 def state_shardings(mesh: Mesh, spec: Any, state: T) -> T:
     """A `NamedSharding` for every leaf of a state (of arrays or `jax.ShapeDtypeStruct`s) over parameters of `spec`.
 

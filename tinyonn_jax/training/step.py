@@ -23,7 +23,7 @@ from tinyonn_jax.layers.tap import Taps
 from tinyonn_jax.learning import signals as surprise
 from tinyonn_jax.learning import variational
 from tinyonn_jax.learning.integrity import predictive_integrity
-from tinyonn_jax.learning.rule import LearningRule, MetaState, layers, replace_layer, routers
+from tinyonn_jax.learning.rule import LearningRule, MetaState, layers, replace_part, routers, without_routers
 from tinyonn_jax.training.optim import names
 from tinyonn_jax.training.state import TrainState
 
@@ -60,7 +60,7 @@ def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: MetaState,
     objective = jax.value_and_grad(rule.objective, has_aux=True)
     (meta_loss, rule_metrics), meta_grads = objective(routers(params), aux.routings, signals, meta)
     for name, router in routers(grads).items():
-        grads = replace_layer(grads, f"{name}.router".lstrip("."), jax.tree.map(jnp.add, router, meta_grads[name]))
+        grads = replace_part(grads, name, "router", jax.tree.map(jnp.add, router, meta_grads[name]))
     grads = rule.adjust(grads, params, aux.routings, signals, meta)
 
     metrics = {
@@ -98,26 +98,25 @@ def _routing_metrics(params: Any, routings: Any, signals: Any, rule_metrics: Any
 def _renewed(renew: Callable, state: TrainState) -> TrainState:
     """The state after a rule made prototypes anew: these rows lose their optimizer moments, and their average starts again."""
     params, meta, fresh = renew(state.params, state.meta, jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step))
-    masks = {f"{name}.router.proto".lstrip("."): mask[..., None] for name, mask in fresh.items()}
+    # A leaf belongs to the longest of the names that end its path: "x.q" ends with "q" too, which is another layer.
+    places = sorted((([*filter(None, name.split(".")), "router", "proto"], name) for name in fresh), key=lambda p: -len(p[0]))
+    shapes = {name: router.proto.shape for name, router in routers(params).items()}
 
     def reset(path, leaf, value=0.0):
         words = names(path)
-        mask = next((mask for name, mask in masks.items() if words[-name.count(".") - 1 :] == name.split(".")), None)
-        return leaf if mask is None else jnp.where(mask, value, leaf)
+        name = next((name for place, name in places if words[-len(place) :] == place), None)
+        if name is None or leaf.shape != shapes[name]:  # an optimizer may keep something of another shape
+            return leaf
+        return jnp.where(fresh[name][..., None], value, leaf)
 
     opt_state = jax.tree_util.tree_map_with_path(reset, state.opt_state)
     ema = jax.tree_util.tree_map_with_path(reset, state.ema, params)
     return replace(state, params=params, meta=meta, opt_state=opt_state, ema=ema)
 
 
-def _group_norm(grads: Any, meta: bool) -> Array:
-    """Global gradient norm of the routers, or of everything else."""
-    group = routers(grads)
-    if not meta:  # the rest, summed by itself: a difference of two sums would drown a small norm in the rounding of a large one
-        for name in group:
-            grads = replace_layer(grads, f"{name}.router".lstrip("."), None)
-        group = grads
-    return optax.tree.norm(group) if jax.tree.leaves(group) else jnp.float32(0)
+def _norm(grads: Any) -> Array:
+    """Global norm of a tree that may be empty."""
+    return optax.tree.norm(grads) if jax.tree.leaves(grads) else jnp.float32(0)
 
 
 def make_train_step(
@@ -151,7 +150,8 @@ def make_train_step(
         )
         if rule.renew is not None:
             new = _renewed(rule.renew, new)
-        norm_main, norm_meta = _group_norm(grads, meta=False), _group_norm(grads, meta=True)
+        # Each summed by itself: a difference of two sums would drown a small norm in the rounding of a large one.
+        norm_main, norm_meta = _norm(without_routers(grads)), _norm(routers(grads))
         finite = jnp.isfinite(metrics["main_loss"]) & jnp.isfinite(norm_main) & jnp.isfinite(norm_meta)
         kept = replace(state, step=state.step + 1, skipped=state.skipped + 1)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)

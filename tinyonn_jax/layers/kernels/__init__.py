@@ -75,9 +75,9 @@ def squares(x: Float[Array, "*N D"]) -> Float[Array, "*N"]:
     return jnp.sum(jnp.square(x.astype(jnp.float32)), -1)
 
 
-def row_norms(tapped: bool, x: Float[Array, "*N I"], g: Float[Array, "*N O"]) -> Array:
-    """‖x gᵀ‖² of every row, which is an outer product; nothing unless tapped."""
-    return squares(x) * squares(g) if tapped else jnp.zeros(0)
+def row_norms(tapped: bool, x: Float[Array, "P I"], g: Float[Array, "P O"], sizes: Int[Array, " M"]) -> Float[Array, " P"]:
+    """‖x gᵀ‖² of every row, which is an outer product; 0 for rows past sum(sizes); nothing unless tapped."""
+    return jnp.where(jnp.arange(x.shape[0]) < jnp.sum(sizes), squares(x) * squares(g), 0) if tapped else jnp.zeros(0)
 
 
 def module_norms(tapped: bool, dw: Float[Array, "*M I O"]) -> Array:

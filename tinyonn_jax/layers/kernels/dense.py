@@ -22,8 +22,6 @@ def forward(x, w, sizes):
 
 
 def backward(tapped, x, w, sizes, g):
-    g = _owned(g, 0, jnp.sum(sizes))
-
     def body(dx, module):
         w, first, size = module
         part = _owned(g, first, size)
@@ -31,4 +29,4 @@ def backward(tapped, x, w, sizes, g):
         return dx + part @ w.T, (dw.astype(w.dtype), module_norms(tapped, dw))
 
     dx, (dw, modules) = lax.scan(body, jnp.zeros_like(x), (w, jnp.cumsum(sizes) - sizes, sizes))
-    return dx, dw, row_norms(tapped, x, g), modules.reshape(-1)
+    return dx, dw, row_norms(tapped, x, g, sizes), modules.reshape(-1)

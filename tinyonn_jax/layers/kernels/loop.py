@@ -81,8 +81,7 @@ def backward(tapped, x, w, sizes, g):
         return _put(dx, part_dx, first, rows), dw
 
     dx, dw = lax.fori_loop(0, count, body, start)
-    rows = row_norms(tapped, x, jnp.where((jnp.arange(pairs) < jnp.sum(sizes))[:, None], g, 0))
-    return dx[:pairs], dw.astype(w.dtype), rows, module_norms(tapped, dw)
+    return dx[:pairs], dw.astype(w.dtype), row_norms(tapped, x, g, sizes), module_norms(tapped, dw)
 
 
 def _put(y, out, first, rows):

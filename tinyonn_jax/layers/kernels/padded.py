@@ -33,5 +33,4 @@ def backward(tapped, x, w, sizes, g):
     dx = take(jnp.matmul(part_g, w[module].swapaxes(1, 2)).reshape(row.size, -1), place)
     each = jnp.matmul(part_x.swapaxes(1, 2), part_g, preferred_element_type=jnp.float32)
     dw = segment_sum(each, module, w.shape[0], indices_are_sorted=True)
-    rows = row_norms(tapped, x, jnp.where((place < row.size)[:, None], g, 0))
-    return dx, dw.astype(w.dtype), rows, module_norms(tapped, dw)
+    return dx, dw.astype(w.dtype), row_norms(tapped, x, g, sizes), module_norms(tapped, dw)

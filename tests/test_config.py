@@ -1,0 +1,38 @@
+"""Fields that cannot hold what they are given, or cannot work together, are refused where they are made."""
+
+import pytest
+
+from tinyonn_jax.config import Config, ConfigError, EvalConfig, LearningConfig, ModelConfig
+from tinyonn_jax.layers.routing import RouterConfig
+
+
+@pytest.mark.parametrize(("make", "field"), [(ModelConfig, "kind"), (LearningConfig, "rule"), (EvalConfig, "decode")])
+def test_a_choice_that_is_none_is_refused_with_those_that_are(make, field):
+    with pytest.raises(ConfigError, match=rf"\.{field} must be one of .*; got 'nonsense'"):
+        make(**{field: "nonsense"})
+
+
+def test_a_router_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="select must be one of top_k, "):
+        RouterConfig(8, 2, select="topk")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="groups must divide modules"):
+        RouterConfig(8, 2, groups=3)
+
+
+@pytest.mark.parametrize(
+    ("select", "weight", "graded"),
+    [
+        ("top_k", "softmax", True),
+        ("top_k", "hard", False),
+        ("relu", "hard", True),
+        ("threshold", "hard", True),  # always a softmax
+        ("hard", "softmax", False),  # always one
+    ],
+)
+def test_backprop_needs_weights_that_follow_their_logits(select, weight, graded):
+    model, rule = ModelConfig(select=select, weight=weight), LearningConfig(rule="backprop")
+    if graded:
+        Config(model=model, learning=rule)
+    else:
+        with pytest.raises(ConfigError, match=r"model\.select"):
+            Config(model=model, learning=rule)

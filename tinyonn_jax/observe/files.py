@@ -1,0 +1,43 @@
+"""Files of a run folder: written in one move, and read with a word on what to do about a damaged one."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tinyonn_jax.config import Config, ConfigError, from_json
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Replaces a file in one move, making its folder: whoever reads it, and whenever, sees all of the old or all of the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None when there is none.
+
+    Raises:
+        ConfigError: it is not JSON.
+    """
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON ({error}); write it again with evaluate, or delete it") from None
+
+
+def read_config(folder: Path) -> Config | None:
+    """The run's configuration; None when there is none, or when this version cannot read it."""
+    try:
+        return from_json((folder / "config.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ConfigError):
+        return None
