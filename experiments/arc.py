@@ -4,6 +4,8 @@ import time
 
 STARTED = time.time()  # before the imports, which take seconds
 
+import re  # noqa: E402
+import shlex  # noqa: E402
 import sys  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -11,7 +13,7 @@ from typing import Any  # noqa: E402
 
 from tinyonn_jax import cli, runs  # noqa: E402
 from tinyonn_jax.arc import submission  # noqa: E402
-from tinyonn_jax.config import ConfigError  # noqa: E402
+from tinyonn_jax.config import Config, ConfigError  # noqa: E402
 from tinyonn_jax.observe.answers import answers  # noqa: E402
 from tinyonn_jax.observe.console import print_grids, table  # noqa: E402
 from tinyonn_jax.observe.metrics import percent  # noqa: E402
@@ -31,21 +33,21 @@ def learn_continually(args: cli.Continual) -> None:
     cli.set_up(args.compilation_cache)
     if not args.config.data.sequence:
         raise ConfigError(f"data.sequence must not be 0 for continual; preset {args.preset} mixes its tasks")
-    folders: dict[str, list[Path]] = {}
+    configs: dict[tuple[str, int], Config] = {}
     for network in args.networks:
         kind, _, rule = network.partition("/")
         model = assemble.narrowed(replace(args.config.model, kind=kind), args.parameters)
+        learning = replace(args.config.learning, rule=rule)
         for seed in args.seeds:
-            config = replace(
-                args.config,
-                model=model,
-                learning=replace(args.config.learning, rule=rule),
-                train=replace(args.config.train, seed=seed),
+            configs[network, seed] = replace(
+                args.config, model=model, learning=learning, train=replace(args.config.train, seed=seed)
             )
-            folder = args.workdir / f"{kind}-{rule}-{seed}"
-            print(f"{network}, seed {seed}, in {folder}")
-            runs.train(runs.begin(folder, config, args.preset, cli.again()))
-            folders.setdefault(network, []).append(folder)
+    folders: dict[str, list[Path]] = {}
+    for (network, seed), config in configs.items():  # all of them can be, so train
+        folder = args.workdir / f"{network.replace('/', '-')}-{seed}"
+        print(f"{network}, seed {seed}, in {folder}")
+        runs.train(runs.begin(folder, config, args.preset, cli.again()))
+        folders.setdefault(network, []).append(folder)
     results = continual.summarize(folders)
     table(f"{args.config.data.sequence} stages, mean over seeds {', '.join(map(str, args.seeds))}", *continual.lines(results))
     for path in continual.write(args.workdir, results):
@@ -72,7 +74,7 @@ def evaluate(args: cli.Evaluate) -> None:
     table(f"{counts['outputs']} test outputs of {counts['tasks']} tasks, checkpoint of step {score['checkpoint']}", header, lines)
     if score.get("greedy_per_recursion"):
         print("greedy answers right after each recursion:", ", ".join(map(percent, score["greedy_per_recursion"])))
-    print(f"next: python experiments/arc.py report --workdir {args.workdir}")
+    print(f"next: python experiments/arc.py report --workdir {shlex.quote(str(args.workdir))}")
 
 
 def predict(args: cli.Predict) -> None:
@@ -91,8 +93,10 @@ def predict(args: cli.Predict) -> None:
     for i, (question, answer) in enumerate(shown, 1):
         print_grids([(f"input {i}", question), (f"output {i}", answer)])
     for entry in entries:
-        print_grids([("test input", entry["input"]), ("truth", entry["truth"]), *answers(entry)])
-    print(axes.save(grids.task_figure(task.id, entries, shown), args.workdir / "figures" / f"task_{task.id}.png"))
+        known = [] if entry["truth"] is None else [("truth", entry["truth"])]
+        print_grids([("test input", entry["input"]), *known, *answers(entry)])
+    name = re.sub(r"[^\w.-]", "_", task.id)[:100]  # an id may be anything
+    print(axes.save(grids.task_figure(task.id, entries, shown), args.workdir / "figures" / f"task_{name}.png"))
 
 
 def write_report(args: cli.Report) -> None:

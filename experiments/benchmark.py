@@ -23,10 +23,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from measure import Row, machine, medians, plain_step, random_batch, report, useful_flops, whole_step
+from measure import Row, json_file, machine, medians, plain_step, random_batch, report, whole_step
 from rich.console import Console
 
-from tinyonn_jax import host
+from tinyonn_jax import cli, host
 from tinyonn_jax.arc.batches import batch_at, build_dataset
 from tinyonn_jax.arc.tasks import load_task_sets
 from tinyonn_jax.config import LearningConfig, ModelConfig
@@ -35,6 +35,7 @@ from tinyonn_jax.layers import grouped as grouped_matmul
 from tinyonn_jax.layers.routing import RouterConfig, per_module, route
 from tinyonn_jax.layers.routing import spec as router_spec
 from tinyonn_jax.models import transformer
+from tinyonn_jax.models.flops import useful_flops
 from tinyonn_jax.presets import PRESETS
 from tinyonn_jax.training import optim
 from tinyonn_jax.training.objective import make_loss, make_rule
@@ -135,7 +136,7 @@ def rate() -> Iterator[Row]:
     matmul = jax.jit(jnp.matmul)
     for model, name in ((ModelConfig(), "D=128"), (ModelConfig(dim=512, heads=8, head_dim=64, expert_hidden=512), "D=512")):
         m = medians({"step": whole_step(model, batch)[0], "matmul": lambda: matmul(a, a)})
-        achieved = useful_flops(model, batch) / m["step"] / (2 * 1024**3 / m["matmul"])
+        achieved = useful_flops(model, batch.length, batch.prefix) / m["step"] / (2 * 1024**3 / m["matmul"])
         yield Row(f"rate: dyntrm step, {name}, FLOP/s ÷ those of a matmul", achieved, 0.5, least=True)
 
 
@@ -302,11 +303,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     rows_help = "; ".join(f"{name}: {(f.__doc__ or '').rstrip('.')}" for name, f in ROWS.items())
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME", help=rows_help)
-    parser.add_argument("--json", type=Path, help="also write the rows to this file: a list of {row, value, limit, ok}")
+    parser.add_argument("--json", type=json_file, help="also write the rows to this file: a list of {row, value, limit, ok}")
     args = parser.parse_args()
     Console().print(machine())
     sys.exit(not report(_measured(args.only), args.json))
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.guard(main))

@@ -13,13 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import Row, machine, medians, plain_step, random_batch, report, useful_flops, whole_step
+from measure import Row, json_file, machine, medians, plain_step, random_batch, report, whole_step
 
 from tinyonn_jax.arc.evaluate import evaluate
 from tinyonn_jax.arc.tasks import Task, load_task_sets
@@ -28,6 +27,7 @@ from tinyonn_jax.layers import attention, base, experts, grouped, kernels
 from tinyonn_jax.layers.routing import RouterConfig, route
 from tinyonn_jax.layers.routing import spec as router_spec
 from tinyonn_jax.models import transformer
+from tinyonn_jax.models.flops import useful_flops
 from tinyonn_jax.presets import PRESETS
 from tinyonn_jax.training import assemble, sharding
 from tinyonn_jax.training.objective import make_loss, make_rule
@@ -251,7 +251,7 @@ def training(sizes: Sizes) -> Iterator[Row]:
     yield Row("training: arc1 step with signals and SARS ÷ plain step", m["signals"] / m["plain"], 1.03)
     shape = " × ".join(map(str, sizes.batch))
     yield Row(f"training: arc1, {shape} tokens", batch.tokens.size / m["signals"], unit="tokens/s", least=True)
-    rate, known = useful_flops(sizes.model, batch) / m["signals"], peak()
+    rate, known = useful_flops(sizes.model, batch.length, batch.prefix) / m["signals"], peak()
     if known is None:
         yield Row("training: arc1, achieved", rate / 1e12, unit="TFLOP/s", least=True)
     name = "training: arc1, share of the bfloat16 peak" + ("" if known else f", not known for {jax.devices()[0].device_kind}")
@@ -301,7 +301,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="benchmark.py gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="also write the rows to this file: a list of {row, value, limit, ok}")
+    parser.add_argument("--json", type=json_file, help="also write the rows to this file: a list of {row, value, limit, ok}")
     parser.add_argument("--minutes", type=float, default=9.0, help="after so many, no further section begins")
     parser.add_argument("--tiny", action="store_true", help="everything small: tries the script")
     args = parser.parse_args(arguments)

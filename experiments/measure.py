@@ -1,5 +1,6 @@
 """What rows of a benchmark are made with: the clock, the steps that are compared, and the report of what was found."""
 
+import argparse
 import dataclasses
 import json
 import random
@@ -22,6 +23,7 @@ from tinyonn_jax.config import Config, LearningConfig, ModelConfig, OptimConfig
 from tinyonn_jax.layers import base
 from tinyonn_jax.learning.rule import backprop
 from tinyonn_jax.models import transformer
+from tinyonn_jax.observe.files import write_atomically
 from tinyonn_jax.training import optim
 from tinyonn_jax.training.objective import make_loss, make_rule
 from tinyonn_jax.training.state import TrainState
@@ -109,19 +111,6 @@ def whole_step(model: ModelConfig, batch: Batch, rule: str = "sars") -> tuple[Ca
     return run, program
 
 
-def useful_flops(model: ModelConfig, batch: Batch) -> float:
-    """FLOPs of a `dyntrm` training step that the result needs: six for every weight that a token uses, and those of attention
-    over the positions that tokens see. Routers, optimizers and what remat computes again are not counted."""
-    heads, c, f = model.heads * model.active_heads, model.head_dim, model.expert_hidden * (3 if model.gated else 2)
-    experts = (model.active_experts + model.shared_experts) * f
-    weights = model.dim * (2 * c * (heads + model.heads) + experts)
-    length, prefix = np.asarray(batch.length, np.float64), np.asarray(batch.prefix, np.float64)
-    pairs = np.sum(length * (length + 1) + prefix * (prefix - 1)) / 2  # causal, and the rest of the prefix's square
-    return float(
-        model.depth * (6 * weights * length.sum() + 12 * heads * c * pairs) + 6 * model.dim * tokens.VOCAB * length.sum()
-    )
-
-
 def plain_step(model: ModelConfig, batch: Batch) -> Callable[[], Any]:
     """The conventional step: same forward, router through the main loss, one AdamW; no signals, no meta loss, no bookkeeping."""
     config = dataclasses.replace(Config(), model=model)
@@ -142,6 +131,13 @@ def plain_step(model: ModelConfig, batch: Batch) -> Callable[[], Any]:
         return value
 
     return run
+
+
+def json_file(text: str) -> Path:
+    """A file to be written, as an argument of argparse."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: name a file in it")
+    return Path(text)
 
 
 def machine() -> str:
@@ -165,7 +161,7 @@ def report(measured: Iterable[Row], file: Path | None) -> bool:
     console.print(table)
     if file:
         kept = [{"row": row.row, "value": row.value, "limit": row.limit, "ok": row.ok} for row in rows]
-        file.write_text(json.dumps(kept, indent=2) + "\n")
+        write_atomically(file, json.dumps(kept, indent=2) + "\n")
     return all(row.ok is not False for row in rows)
 
 

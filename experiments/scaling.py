@@ -11,20 +11,21 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 import jax
 import numpy as np
 from hlo import KINDS, Collective, Reading, read
 from jax.sharding import NamedSharding
+from measure import json_file
 from rich.console import Console
 from rich.table import Table
 
 from tinyonn_jax.arc.batches import Batch
-from tinyonn_jax.config import Config, Dispatch, MeshConfig, ModelConfig
+from tinyonn_jax.config import Config, Dispatch, MeshConfig
 from tinyonn_jax.layers import base
-from tinyonn_jax.models import transformer
+from tinyonn_jax.models.flops import step_flops
+from tinyonn_jax.observe.files import write_atomically
 from tinyonn_jax.presets import PRESETS
 from tinyonn_jax.training import assemble, sharding
 
@@ -96,10 +97,11 @@ def measure(config: Config, mesh_cfg: MeshConfig, rows: int = ROWS, length: int 
     if found := forbidden(reading, program.spec, config, rows * alike, length):
         raise ValueError(f"{mesh_cfg}: {found}")
     memory = compiled.memory_analysis()
+    flops = step_flops(config.model, rows * length, rows * length**2)
     return Figures(
         mesh=mesh_cfg,
-        formula=sum(step_flops(config.model, rows * length, length)),
-        done=reading.flops + step_flops(config.model, rows * length, length)[1],
+        formula=sum(flops),
+        done=reading.flops + flops.routed,  # which the text does not tell
         cost_analysis=compiled.cost_analysis()["flops"],
         state=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
@@ -123,27 +125,6 @@ def forbidden(reading: Reading, spec: Any, config: Config, rows: int, length: in
             if config.mesh.expert > 1 and sorted(shape) in map(sorted, modules):
                 return f"the weights of all modules are gathered: {shape}"
     return ""
-
-
-def step_flops(model: ModelConfig, tokens: int, length: int) -> tuple[float, float]:
-    """FLOPs of one step on so many tokens, by formula: all but the routed matmuls, and those.
-
-    6 × active parameters × tokens, and attention with all `length` slots, for each recursion; a third more with remat.
-    Optimizers, norms and softmax are left out.
-    """
-    slots, d, c = model.heads * model.active_heads, model.dim, model.head_dim
-    shared, routed = 2 * d * c * model.heads, 0  # keys and values
-    mlp = d * model.expert_hidden * (3 if model.gated else 2)
-    routed += model.active_experts * mlp
-    shared += model.shared_experts * mlp + d * (model.latent_heads + model.experts)  # routers
-    heads = 2 * d * c * slots
-    if model.latent_heads <= 4 * slots:  # as layers.linear decides: one matmul for all of them
-        shared += heads
-    else:
-        routed += heads
-    passes = model.depth * (8 if model.remat else 6)
-    other = passes * (shared + 2 * length * slots * c) + 6 * d * transformer.VOCAB
-    return tokens * other, tokens * passes * routed
 
 
 def flat(rows: Sequence[Figures]) -> str:
@@ -240,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--devices", nargs="+", type=int, default=list(DEVICES), metavar="N", help="numbers of devices: 1, 2, multiples of 4"
     )
     parser.add_argument("--dispatch", choices=get_args(Dispatch), default="replicate", help="as --mesh.dispatch of a run")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--json", type=json_file, help="also write the rows to this file")
     args = parser.parse_args(arguments)
     try:
         meshes = [split(n, args.dispatch) for n in sorted(set(args.devices))]
@@ -263,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         broken = str(error)
     if args.json:
-        args.json.write_text(json.dumps([as_json(row) for row in rows], indent=2) + "\n")
+        write_atomically(args.json, json.dumps([as_json(row) for row in rows], indent=2) + "\n")
     for table, note in zip(tables(rows) if rows else (), (READ, ASSUMPTIONS), strict=False):
         console.print(table)
         console.print(note, highlight=False, markup=False)

@@ -34,14 +34,3 @@ def test_relative_error_is_the_worst_array():
     assert gpu.distance((np.array([3.0, 4.0]), np.ones(2)), (np.array([3.0, 4.5]), np.ones(2))) == pytest.approx(
         0.5 / math.hypot(3.0, 4.5)
     )
-
-
-def test_useful_flops_by_hand():
-    """Two sequences of 4 tokens, prefix 2, one recursion: the second half of the mask is causal."""
-    model = gpu.ModelConfig(
-        dim=10, heads=2, head_dim=6, latent_heads=4, experts=4, active_experts=2, expert_hidden=3, depth=1, gated=False
-    )
-    weights = 2 * 10 * 6 + 2 * 10 * 6 + 2 * 10 * 12 + 2 * 2 * 10 * 3  # q, o of a head in two groups; k, v; two experts
-    seen = 2 + 2 + 3 + 4
-    want = 2 * (6 * 4 * weights + 12 * 2 * 6 * seen + 6 * 4 * 10 * 14)
-    assert gpu.useful_flops(model, gpu.random_batch(2, 4)) == want

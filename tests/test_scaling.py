@@ -103,15 +103,6 @@ def test_what_must_not_be_gathered(shape, axis, words):
     assert words in found and bool(words) == bool(found)
 
 
-def test_flops_by_hand():
-    """One token of width 8: heads 4·6·8·2·2, keys and values 2·8·6·2·2, 3·8·5·2·2 for two experts, two routers; depth 2."""
-    other, routed = scaling.step_flops(tiny.config(), tokens=10, length=7)
-    assert routed == 10 * 2 * 6 * (2 * 3 * 8 * 5)
-    assert other == 10 * (2 * 6 * (2 * 8 * 6 * 2 + 2 * 8 * 6 * 2 + 8 * (4 + 3) + 2 * 7 * 2 * 6) + 6 * 8 * 14)
-    remat = scaling.step_flops(tiny.config(remat=True), 10, 7)
-    assert remat[1] == routed * 4 / 3
-
-
 def row(mesh: MeshConfig, payload: int, group: tuple[int, ...] = (0, 1)) -> scaling.Figures:
     reading = Reading((Collective("all-reduce", ((payload,),), payload, (group,), None, 1),), 0, 0, 0)
     return scaling.Figures(mesh, 1.0, 2e12, 1.0, 1, 1, reading)

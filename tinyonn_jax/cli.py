@@ -78,8 +78,9 @@ class Continual:
                     f"networks: {name!r} is not KIND/RULE with a kind of {', '.join(get_args(Kind))} and a rule of "
                     f"{', '.join(get_args(RuleName))}"
                 )
-        if not self.networks or not self.seeds:
-            raise ConfigError("networks and seeds must name at least one each")
+        for name, values in (("networks", self.networks), ("seeds", self.seeds)):
+            if not values or len(set(values)) < len(values):
+                raise ConfigError(f"{name} must name at least one, and each once; got {' '.join(map(str, values)) or 'none'}")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,11 @@ class Compare:
 
     workdirs: Annotated[tuple[Path, ...], tyro.conf.arg(help="Run folders.")]
     picture: Path = Path("runs/compare.png")
-    """Where the curves are drawn."""
+    """Where the curves are drawn, as a PNG."""
+
+    def __post_init__(self):
+        if not self.workdirs:
+            raise ConfigError("workdirs must name at least one run folder")
 
 
 COMMANDS: dict[str, type] = {
@@ -182,12 +187,13 @@ def _parse(kind: type[A], args: Sequence[str], default: A, program: str) -> A:
 
 def _value(args: Sequence[str], name: str) -> str | None:
     """The value of `--name` before the arguments are parsed."""
+    found = None
     for i, arg in enumerate(args):
         if arg == f"--{name}" and i + 1 < len(args):
-            return args[i + 1]
-        if arg.startswith(f"--{name}="):
-            return arg.partition("=")[2]
-    return None
+            found = args[i + 1]
+        elif arg.startswith(f"--{name}="):
+            found = arg.partition("=")[2]
+    return found  # the last one counts, as for tyro
 
 
 def usage(program: str) -> str:
@@ -205,7 +211,7 @@ def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
     host.tune()
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.excepthook = _report
+    sys.excepthook, sys.unraisablehook = _report, _report_unraisable
     if not compilation_cache:
         jax.config.update("jax_enable_compilation_cache", False)
     elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -229,6 +235,9 @@ def again() -> str:
 
 def guard(main: Callable[[], None]) -> int:
     """Runs `main` and returns the exit status: 0; 2 for what the user can mend, 1 for a run that failed, 128 + n for signal n."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where a terminal or a pipe cannot hold × or –
     try:
         main()
     except (ConfigError, DataError, CheckpointError) as error:
@@ -236,9 +245,12 @@ def guard(main: Callable[[], None]) -> int:
     except DivergedError as error:
         return _fail(str(error), 1)
     except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        if "RESOURCE_EXHAUSTED" in reason:
+            remedy = "lower --data.tokens-per-batch, set --model.remat, or make the model smaller; for evaluate lower --batch"
+            return _fail(f"{reason}; {remedy}", 1)
         if jax.process_count() == 1:
             raise
-        reason = str(error).partition("\n")[0]
         return _fail(
             f"this process failed, or lost another one of the run ({reason}); start the same command again, in as many processes "
             "as are left",
@@ -249,7 +261,9 @@ def guard(main: Callable[[], None]) -> int:
         return 1
     except OSError as error:
         remedy = "; free some space and run the same command again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        return _fail(f"{error.filename or 'a file of the run'}: {error.strerror or error}{remedy}", 1)
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG):
+            remedy = "; name another place for it, or make this one writable"
+        return _fail(f"{error.filename or 'a file that is written'}: {error.strerror or error}{remedy}", 1)
     except InterruptedRun as stop:
         print(f"{stop}; resume with: {again()}", flush=True)
         return 128 + stop.signum
@@ -264,9 +278,16 @@ def _report(kind: type[BaseException], error: BaseException, trace: Any) -> None
         sys.__excepthook__(kind, error, trace)
 
 
+def _report_unraisable(what: Any) -> None:
+    """The same for what a destructor raises."""
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
+
+
 def leave(status: int) -> NoReturn:
-    """Ends the process. After a failure at once: the reason is said, and background writers would only repeat it at length."""
-    if status in (1, 2):
+    """Ends the process. After a failure at once: the reason is said, and background writers would only repeat it at length. After
+    a signal too, for a compilation that is still under way would crash; but processes of one run take leave of each other."""
+    if status in (1, 2) or (status and not jax.distributed.is_initialized()):
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

@@ -5,8 +5,10 @@ The docstring below each field is its `--help` line.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from numbers import Integral, Real
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tinyonn_jax.layers.base import wrong_choices
 from tinyonn_jax.layers.kernels import Choice
@@ -25,9 +27,22 @@ def _require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _require_choices(config: Any, section: str) -> None:
+_TYPES = {int: (Integral, "a whole number"), float: (Real, "a number"), bool: (bool, "true or false"), str: (str, "text")}
+
+
+def _require_types(config: Any, section: str) -> None:
+    """Every field holds what its type says, one of its choices if they are named, and no number is infinite or none."""
     for wrong in wrong_choices(config):
         raise ConfigError(f"{section}.{wrong}")
+    for name, hint in get_type_hints(type(config)).items():
+        value, many = getattr(config, name), get_origin(hint) is tuple
+        kind = get_args(hint)[0] if many else hint
+        if kind in _TYPES:
+            required, said = _TYPES[kind]
+            for item in value if many and isinstance(value, tuple) else (value,):
+                fits = isinstance(item, required) and (kind is bool or not isinstance(item, bool))
+                _require(fits and (not many or isinstance(value, tuple)), f"{section}.{name} must be {said}, got {item!r}")
+                _require(kind is not float or math.isfinite(item), f"{section}.{name} must be finite, got {item}")
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,7 @@ class ModelConfig:
     """Type of activations; parameters, norms, softmax and signals stay float32. float16 overflows sooner: no loss is scaled."""
 
     def __post_init__(self):
-        _require_choices(self, "model")
+        _require_types(self, "model")
         for name in ("dim", "heads", "head_dim", "hidden", "experts", "active_experts", "expert_hidden", "depth"):
             least = 0 if name == "hidden" and self.neurons else 1
             _require(getattr(self, name) >= least, f"model.{name} must be at least {least}, got {getattr(self, name)}")
@@ -163,7 +178,7 @@ class LearningConfig:
     """Predictive integrity: gamma, the weight of surprise."""
 
     def __post_init__(self):
-        _require_choices(self, "learning")
+        _require_types(self, "learning")
         for name in ("l2", "renew"):
             _require(getattr(self, name) >= 0, f"learning.{name} must not be negative, got {getattr(self, name)}")
         _require(self.temperature > 0, f"learning.temperature must be positive, got {self.temperature}")
@@ -201,7 +216,7 @@ class OptimConfig:
     """Consecutive steps with a non-finite loss or gradient after which the run stops."""
 
     def __post_init__(self):
-        _require_choices(self, "optim")
+        _require_types(self, "optim")
         _require(
             0 <= self.warmup <= self.decay_from <= 1,
             f"optim.warmup ({self.warmup}) and optim.decay_from ({self.decay_from}) must satisfy 0 <= warmup <= decay_from <= 1",
@@ -244,7 +259,7 @@ class DataConfig:
     """Train on the valid tasks and report how many were skipped, instead of refusing to start."""
 
     def __post_init__(self):
-        _require_choices(self, "data")
+        _require_types(self, "data")
         _require(len(self.train) > 0, "data.train must name at least one source")
         _require(
             len(self.buckets) > 0
@@ -282,7 +297,8 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "log_every", "checkpoint_every", "keep"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
-        _require(self.seed >= 0, f"train.seed must not be negative, got {self.seed}")
+        _require(0 <= self.seed < 2**32, f"train.seed must lie between 0 and 2³² - 1, got {self.seed}")
+        _require(self.steps < 2**31, f"train.steps must be less than 2³¹, got {self.steps}")
         _require(self.validate_every >= 0, f"train.validate_every must not be negative, got {self.validate_every}")
 
 
@@ -304,9 +320,9 @@ class EvalConfig:
     """Replace the task embedding by zero, to measure how much the score leans on it."""
 
     def __post_init__(self):
-        _require_choices(self, "eval")
+        _require_types(self, "eval")
         _require(self.augmentations >= 1, f"eval.augmentations must be at least 1, got {self.augmentations}")
-        _require(0 < self.min_probability <= 1, f"eval.min_probability must lie in (0, 1], got {self.min_probability}")
+        _require(1e-3 <= self.min_probability <= 1, f"eval.min_probability must lie in [0.001, 1], got {self.min_probability}")
         _require(self.batch >= 1, f"eval.batch must be at least 1, got {self.batch}")
         _require(self.entropy_stop >= 0, f"eval.entropy_stop must not be negative, got {self.entropy_stop}")
 
@@ -329,7 +345,7 @@ class MeshConfig:
     """all-to-all: most tokens from one device to another in training, in even shares; those beyond are dropped, and counted."""
 
     def __post_init__(self):
-        _require_choices(self, "mesh")
+        _require_types(self, "mesh")
         _require(
             self.data >= 0 and self.fsdp >= 1 and self.expert >= 1,
             "mesh.data must not be negative, mesh.fsdp and mesh.expert at least 1",

@@ -35,6 +35,7 @@ from tinyonn_jax.arc.tasks import to_json as tasks_to_json
 from tinyonn_jax.config import Config, ConfigError, differences, from_json, to_json
 from tinyonn_jax.layers import base, grouped
 from tinyonn_jax.models import transformer
+from tinyonn_jax.models.flops import useful_flops
 from tinyonn_jax.observe.console import Progress
 from tinyonn_jax.observe.files import write_atomically
 from tinyonn_jax.observe.metrics import duration
@@ -91,7 +92,9 @@ def open_run(folder: Path) -> Run:
     folder, config = Path(folder), stored_config(folder)
     if config is None:
         what = f"holds no {CONFIG}" if folder.is_dir() else "no such run folder"
-        raise ConfigError(f"{folder}: {what}; train writes it: python experiments/arc.py train --workdir {folder}")
+        raise ConfigError(
+            f"{folder}: {what}; train writes it: python experiments/arc.py train --workdir {shlex.quote(str(folder))}"
+        )
     path = folder / TASKS
     try:
         text = path.read_text(encoding="utf-8")
@@ -149,7 +152,10 @@ def _alone(folder: Path) -> Iterator[None]:
     if jax.process_index() > 0:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"{folder}: is a file, or lies in one; name a folder with --workdir") from None
     with open(folder / LOCK, "w") as file:
         try:
             import fcntl
@@ -190,6 +196,8 @@ def _train(run: Run, started: float | None) -> None:
         state = checkpoints.restore(program.like)
         if state is None:
             state = program.initial()
+            for name in submission.FILES if process == 0 else ():  # of a run that was here before
+                (folder / name).unlink(missing_ok=True)
         done = int(state.step)
         if done >= steps:
             say(f"{folder} is complete: {done} of {steps} steps; {_next(folder)}")
@@ -221,6 +229,7 @@ def _train(run: Run, started: float | None) -> None:
                 max_skipped=config.optim.max_skipped,
                 put=program.put,
                 tokens=lambda batch: int(batch.length.sum()) * feeding[1],
+                flops=lambda batch: useful_flops(config.model, batch.length, batch.prefix) * feeding[1],
                 validate=validate,
                 on_checkpoint=snapshot,
                 started=started,
@@ -367,8 +376,9 @@ def find_task(run: Run, name: str) -> Task:
     tasks = {task.id: task for task in (*run.sets.tasks, *run.sets.evaluation) if task.test}
     if name in tasks:
         return tasks[name]
-    near = difflib.get_close_matches(name, tasks, 3, 0.3) or sorted(tasks)[:3]
-    raise ConfigError(f"task {name} is not in {run.folder}; near it: {', '.join(near)} (of {len(tasks)})")
+    near = difflib.get_close_matches(name, tasks, 3) or sorted(tasks)[:3]
+    like = f", like {', '.join(near)}" if near else ""
+    raise ConfigError(f"task {name} is not in {run.folder}, which has {len(tasks)}{like}")
 
 
 def read_task(run: Run, file: Path) -> Task:

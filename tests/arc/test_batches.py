@@ -174,7 +174,7 @@ def test_too_long_is_reported_not_cut():
     assert 0 < too_long < len(lengths)
     assert len(dataset.training.task) == len(lengths) - too_long
     assert dataset.messages[0].startswith(f"{too_long} of {len(lengths)} training sequences are longer than the largest bucket")
-    with pytest.raises(DataError, match=r"nothing to train on: .*raise --data.buckets"):
+    with pytest.raises(DataError, match=r"nothing to train on: .*larger --data.buckets"):
         build_dataset(sets, replace(CFG, buckets=(4,)))
 
 

@@ -2,7 +2,9 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +73,7 @@ def test_the_numbers_of_the_run_are_there(page):
 
 
 def test_missing_pieces_are_said_in_words(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
     words = Page(write_report(tmp_path).read_text()).text
     for name in ("score.json", "parameters.json", "metrics.jsonl", "predictions.json", "config.json"):
         assert name in words
@@ -88,9 +91,32 @@ def test_text_from_files_is_escaped(tmp_path):
 def test_damaged_files_and_missing_folders_are_named(tmp_path):
     with pytest.raises(ConfigError, match="no such run folder"):
         write_report(tmp_path / "nowhere")
-    (tmp_path / "score.json").write_text('{"pass@1": ')
-    with pytest.raises(ConfigError, match=r"score\.json: not JSON"):
+    with pytest.raises(ConfigError, match="no run folder, it has neither"):
         write_report(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    for name, content, says in (
+        ("score.json", '{"pass@1": ', "not JSON"),
+        ("score.json", "{}", "damaged"),
+        ("predictions.json", "{}", "damaged"),
+        ("parameters.json", "{}", "damaged"),
+        ("routing_latest.npz", "", "damaged"),
+        ("metrics.jsonl", '{"step": "x"}\n{"step": 2}\n', "line 1 is not a row"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ConfigError, match=re.escape(name) + ".*" + says):
+            write_report(tmp_path)
+        (tmp_path / name).write_text("") if name == "metrics.jsonl" else (tmp_path / name).unlink()
+
+
+def test_an_evaluation_without_known_outputs_is_not_scored(run, tmp_path):
+    """As of a Kaggle file without solutions: shares are null."""
+    run = Path(shutil.copytree(run, tmp_path / "unknown"))
+    score = synthetic.score()
+    for name in ("pass@1", "pass@2"):
+        score[name] = dict.fromkeys(score[name])
+        score["intervals"][name] = dict.fromkeys(score["intervals"][name])
+    (run / "score.json").write_text(json.dumps(score))
+    assert "–" in Page(write_report(run).read_text()).text
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -27,7 +27,7 @@ SMALL = (
     *("--preset", "smoke", "--data.buckets", "48", "--data.holdout", "--model.experts", "3", "--optim.ema", "0.9"),
     *("--train.steps", "60", "--train.checkpoint-every", "10", "--train.validate-every", "20"),
 )
-CLOCK = ("seconds", "tokens_per_second")
+CLOCK = ("seconds", "tokens_per_second", "flops_per_second")
 
 
 def command(*args: str | Path) -> list[str]:

@@ -19,7 +19,7 @@ from tinyonn_jax.config import TrainConfig
 from tinyonn_jax.training.checkpoint import Checkpoints, restore_params, steps
 from tinyonn_jax.training.loop import DivergedError, run
 
-CLOCK = ("seconds", "tokens_per_second")
+CLOCK = ("seconds", "tokens_per_second", "flops_per_second")
 
 
 def rows(folder: Path) -> list[dict]:

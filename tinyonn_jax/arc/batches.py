@@ -112,7 +112,7 @@ def build_dataset(sets: TaskSets, cfg: DataConfig, rows: Collection[int] | None 
         if too_long:
             messages.append(
                 f"{too_long} of {too_long + len(fit)} {what} sequences are longer than the largest bucket ({cfg.buckets[-1]} "
-                f"tokens) and left out; the longest has {longest}: raise --data.buckets"
+                f"tokens) and left out; the longest has {longest}: add larger --data.buckets, and as many --data.tokens-per-batch"
             )
         return _lay_out(fit, free, views, cfg.tokens_per_batch)
 

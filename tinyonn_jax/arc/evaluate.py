@@ -227,6 +227,6 @@ def _group(queries: Sequence[Query], data: DataConfig, answer: bool = False) -> 
             groups[bucket].append(query)
     return groups, tuple(
         f"task {name}, test input {test + 1}: the prompts of {len(sizes)} views are longer than the largest bucket "
-        f"({data.buckets[-1]} tokens) and go unanswered; the longest has {sizes[-1]}: raise --data.buckets"
+        f"({data.buckets[-1]} tokens) and go unanswered; the longest has {sizes[-1]}: a new run with larger --data.buckets can"
         for (name, test), sizes in sorted(misfits.items())
     )

@@ -19,7 +19,7 @@ from tinyonn_jax.arc.tokens import COLOURS, MAX_SIDE, Grid
 from tinyonn_jax.arc.vote import Candidate
 from tinyonn_jax.observe.files import write_atomically
 
-PREDICTIONS, SUBMISSION, SCORE = "predictions.json", "submission.json", "score.json"
+FILES = PREDICTIONS, SUBMISSION, SCORE = "predictions.json", "submission.json", "score.json"
 ATTEMPTS = ("attempt_1", "attempt_2")
 KEPT = 5
 """Candidates that predictions.json keeps."""

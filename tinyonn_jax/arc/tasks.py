@@ -229,7 +229,10 @@ def from_json(text: str, where: str = "tasks.json") -> TaskSets:
     try:
         data = json.loads(text)
         tasks, evaluation = (
-            tuple(Task(raw["id"], _pairs(raw["train"], where, "train"), _pairs(raw["test"], where, "test")) for raw in data[key])
+            tuple(
+                Task(_id(raw["id"]), _pairs(raw["train"], where, "train"), _pairs(raw["test"], where, "test"))
+                for raw in data[key]
+            )
             for key in ("tasks", "evaluation")
         )
         validation = tuple(
@@ -240,6 +243,12 @@ def from_json(text: str, where: str = "tasks.json") -> TaskSets:
         raise
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise DataError(f"{where}: damaged ({_show(error)}); restore it, or start the run again in a new folder") from None
+
+
+def _id(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a task's id must be text, not {value!r}")
+    return value
 
 
 def _resolve(name: str, split: Split) -> str:

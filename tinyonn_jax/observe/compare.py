@@ -8,10 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 from rich.console import Console
 
-from tinyonn_jax.config import ConfigError
 from tinyonn_jax.observe import console as terminal
 from tinyonn_jax.observe.axes import SERIES, curve, empty, legend_below, log_axis, new_figure, save, step_axis, style
-from tinyonn_jax.observe.files import read_config, read_json
+from tinyonn_jax.observe.files import read_config, read_json, require_run
 from tinyonn_jax.observe.metrics import Row, count, duration, latest, percent, training_seconds
 from tinyonn_jax.observe.writers import read_metrics
 
@@ -73,7 +72,6 @@ def compare(folders: Sequence[str | os.PathLike[str]], picture: str | os.PathLik
         ConfigError: one of the folders does not exist, or one of its files is damaged.
     """
     for folder in folders:
-        if not Path(folder).is_dir():
-            raise ConfigError(f"{folder}: no such run folder; train writes it")
+        require_run(Path(folder))
     terminal.table("Scores are shares of test outputs", *comparison(folders), console=console)
     return save(compare_figure({str(folder): read_metrics(folder) for folder in folders}), picture)

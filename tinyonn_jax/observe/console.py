@@ -13,6 +13,7 @@ from typing import Any, Self
 from rich.color import Color
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.style import Style
 from rich.table import Column, Table
@@ -146,12 +147,17 @@ def _open_table(columns: Iterable[Column]) -> Table:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None) -> None:
-    """A titled table, its first column flush left and the others right; piped, as wide as its text, without escape codes."""
+    """A titled table, its first column flush left and the others right; piped, as wide as its text, without escape codes. Where
+    a terminal is too narrow for it, one row after the other, a line for each column."""
     console = console or _console()
     grid = _open_table(Column(name, justify="right" if i else "left", overflow="fold") for i, name in enumerate(header))
-    grid.title, grid.title_justify = Text(title), "left"
     for row in rows:
         grid.add_row(*map(Text, row))
+    if _live(console) and Measurement.get(console, console.options.update(max_width=10_000), grid).maximum > console.width:
+        lines = ["\n".join(f"  {name or '–'}: {cell}" for name, cell in zip(header[1:], rest, strict=True)) for _, *rest in rows]
+        console.print(Text("\n".join([title, *(f"{row[0]}\n{line}" for row, line in zip(rows, lines, strict=True))])))
+        return
+    print(title, file=console.file, flush=True)  # not the table's, which would break it to its own width
     _emit(console, grid)
 
 

@@ -7,6 +7,7 @@ Source: what seeds 2, 3 and 4 watched (MECHANISMS.md section 11).
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from tinyonn_jax.config import ConfigError
 from tinyonn_jax.observe.axes import (
     BLUE,
     FAINT,
@@ -51,8 +53,11 @@ def write_dashboards(folder: str | os.PathLike[str]) -> list[Path]:
     rows, snapshot = read_metrics(folder), folder / "routing_latest.npz"
     routing: dict[str, np.ndarray] = {}
     if snapshot.exists():
-        with np.load(snapshot, allow_pickle=False) as arrays:
-            routing = dict(arrays)
+        try:
+            with np.load(snapshot, allow_pickle=False) as arrays:
+                routing = dict(arrays)
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            raise ConfigError(f"{snapshot}: damaged ({error}); delete it, training writes it with its next checkpoint") from None
     return [
         save(core_metrics(rows), folder / "figures" / "core_metrics_latest.png"),
         save(expert_dashboard(rows, routing), folder / "figures" / "expert_dashboard_latest.png"),

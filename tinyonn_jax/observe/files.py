@@ -1,7 +1,9 @@
 """Files of a run folder: written in one move, and read with a word on what to do about a damaged one."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # not the temporary one
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -39,5 +44,26 @@ def read_config(folder: Path) -> Config | None:
     """The run's configuration; None when there is none, or when this version cannot read it."""
     try:
         return from_json((folder / "config.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ConfigError):
+    except (FileNotFoundError, UnicodeDecodeError, ConfigError):
         return None
+
+
+def require_run(folder: Path) -> None:
+    """Raises:
+    ConfigError: the folder does not exist, or holds nothing of a run.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such run folder; train writes it")
+    if not any((folder / name).exists() for name in ("config.json", "metrics.jsonl")):
+        raise ConfigError(f"{folder}: no run folder, it has neither config.json nor metrics.jsonl; train writes them")
+
+
+@contextlib.contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """Raises:
+    ConfigError: what a file holds could not be used.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ConfigError(f"{path}: damaged ({error!r}); write it again with evaluate, or delete it") from None

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn_jax.config import Config, ConfigError
+from tinyonn_jax.config import Config
 from tinyonn_jax.observe.answers import ARC_COLOURS, MARK, Entry, Grid, answers, judge, solved
 from tinyonn_jax.observe.figures import write_dashboards
-from tinyonn_jax.observe.files import read_config, read_json, write_atomically
+from tinyonn_jax.observe.files import damaged, read_config, read_json, require_run, write_atomically
 from tinyonn_jax.observe.metrics import Row, column, count, duration, latest, percent, training_seconds
 from tinyonn_jax.observe.writers import read_metrics
 from tinyonn_jax.presets import PRESETS
@@ -128,7 +128,7 @@ def _scores(score: Entry | None) -> str:
         for key, _, _ in AGGREGATIONS:
             share, interval = score[name][key], score.get("intervals", {}).get(name, {}).get(key)
             of = counts["outputs"] if key == "outputs" else counts["tasks"]
-            number = "" if key == "task_mean" else f"{round(share * of)} of {of}"
+            number = "" if key == "task_mean" or share is None else f"{round(share * of)} of {of}"
             limits = f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
             row.append(f"<b>{percent(share)}</b>" + "".join(f"<small>{line}</small>" for line in (number, limits) if line))
         rows.append(row)
@@ -206,7 +206,7 @@ def _reproduce(folder: Path, config: Config | None, score: Entry | None) -> str:
     if config is None:
         return _missing("The command is not known without a readable <code>config.json</code>.")
     preset, flags = _preset_and_flags(folder, config)
-    workdir = f"--workdir runs/{shlex.quote(folder.name)}"
+    workdir = f"--workdir runs/{shlex.quote(folder.resolve().name)}"
     lines = [" ".join(["python experiments/arc.py train", f"--preset {preset}", workdir, *flags])]
     augmentations = (score or {}).get("augmentations", config.eval.augmentations)
     lines.append(f"python experiments/arc.py evaluate {workdir} --augmentations {augmentations}")
@@ -225,6 +225,8 @@ def _facts(rows: Sequence[Row], config: Config | None, score: Entry | None, para
         facts.append((f"{rows[-1]['step']:,}", f"steps{of}"))
     if "seconds" in values:
         facts.append((duration(training_seconds(rows)), "of training"))
+    if values.get("flops_per_second"):
+        facts.append((count(float(np.median(column(rows, "flops_per_second")[1]))), "useful FLOP/s"))
     if "tokens_per_second" in values:
         facts.append((count(float(np.median(column(rows, "tokens_per_second")[1]))), "tokens per second"))
     cards = "".join(f"<div><b>{_esc(number)}</b><span>{_esc(what)}</span></div>" for number, what in facts)
@@ -241,10 +243,15 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         ConfigError: the folder does not exist, or one of its files is damaged.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such run folder; train writes it")
+    require_run(folder)
     rows, config = read_metrics(folder), read_config(folder)
     score, predictions, parameters = (read_json(folder / f"{name}.json") for name in ("score", "predictions", "parameters"))
+    with damaged(folder / "score.json"):
+        scores = _scores(score)
+    with damaged(folder / "predictions.json"):
+        tasks = _tasks(predictions)
+    with damaged(folder / "parameters.json"):
+        sizes = _parameters(parameters)
     core, experts = write_dashboards(folder)
     name = folder.resolve().name
     says = ""
@@ -256,11 +263,11 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
             says += f", routed {modules}, rule {config.learning.rule}"
         says += f" · trained on {', '.join(config.data.train)} · scored on {config.data.eval} · seed {config.train.seed}"
     sections = (
-        ("Score", _scores(score)),
-        ("Parameters", _parameters(parameters)),
+        ("Score", scores),
+        ("Parameters", sizes),
         ("Curves", _picture(core, "Bold: running mean over a twentieth of the run. Faint: as logged.") + _last_values(rows)),
         ("Experts", _picture(experts, "The last block's experts and attention heads. Shares are of a layer's own activations.")),
-        ("Tasks", _tasks(predictions)),
+        ("Tasks", tasks),
         ("Configuration", _configuration(folder, config)),
         ("Reproduce", _reproduce(folder, config, score)),
     )

@@ -50,7 +50,7 @@ def _rows(text: str, source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            row["step"]
+            _ = row["step"] + 1
         except (json.JSONDecodeError, KeyError, TypeError):
             if number < len(lines):
                 raise ConfigError(f"{source}: line {number} is not a row of metrics; delete that line") from None

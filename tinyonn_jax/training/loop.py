@@ -59,9 +59,10 @@ class InterruptedRun(Exception):
 
 @dataclass
 class _Pace:
-    """Real tokens and seconds since the last logged row, without those spent on validation and checkpoints."""
+    """Real tokens, FLOPs and seconds since the last logged row, without those spent on validation and checkpoints."""
 
     tokens: int
+    flops: float
     since: float
 
     @contextmanager
@@ -83,6 +84,7 @@ def run(
     max_skipped: int,
     put: Callable[[B], Any] = lambda batch: batch,
     tokens: Callable[[B], int] = lambda batch: 0,
+    flops: Callable[[B], float] = lambda batch: 0.0,
     validate: Callable[[S], dict[str, float]] | None = None,
     on_checkpoint: Callable[[int, S, dict[str, Any]], None] | None = None,
     started: float | None = None,
@@ -96,6 +98,7 @@ def run(
         max_skipped: consecutive skipped steps that end the run.
         put: brings a host batch to the devices.
         tokens: real tokens in a host batch.
+        flops: FLOPs that a step on it needs, by formula.
         validate: measures a state; its numbers join that step's row, and `valid_exact` ranks the checkpoint.
         on_checkpoint: called with each step that is saved, its state and metrics.
         started: `time.time()` when the program started.
@@ -106,9 +109,9 @@ def run(
         CheckpointError: a checkpoint could not be written.
     """
     started = time.time() if started is None else started
-    pace = _Pace(0, time.perf_counter())
+    pace = _Pace(0, 0.0, time.perf_counter())
 
-    def look_at(n: int, metrics: dict[str, Any], seen: int, validation: Mapping[str, float] | None = None) -> None:
+    def look_at(n: int, metrics: dict[str, Any], batch: B, validation: Mapping[str, float] | None = None) -> None:
         """Checks step n and writes its row if one is due. Reading `skipped` waits for it, so that few steps are in flight."""
         skipped = int(metrics.get("skipped", 0))
         if skipped >= max_skipped:
@@ -116,28 +119,31 @@ def run(
                 f"stopped at step {n}: {skipped} steps in a row had a loss or gradient that is not finite (optim.max_skipped); "
                 f"lower optim.lr, optim.muon_lr or optim.meta_lr"
             )
-        pace.tokens += seen
+        seen = tokens(batch)
+        pace.tokens, pace.flops = pace.tokens + seen, pace.flops + flops(batch)
         if n == 1 or n % cfg.log_every == 0 or n == cfg.steps or validation is not None:
             now = time.perf_counter()
+            took = max(now - pace.since, 1e-9)
             row = {
                 "tokens": seen,
                 **jax.device_get(metrics),
                 **(validation or {}),
                 "seconds": round(time.time() - started, 3),
-                "tokens_per_second": round(pace.tokens / max(now - pace.since, 1e-9), 1),
+                "tokens_per_second": round(pace.tokens / took, 1),
+                "flops_per_second": round(pace.flops / took),
             }
-            pace.tokens, pace.since = 0, now
+            pace.tokens, pace.flops, pace.since = 0, 0.0, now
             writer.write(n, row)
             display.update(n, row)
 
-    last: tuple[int, dict[str, Any], int] | None = None
+    last: tuple[int, dict[str, Any], B] | None = None
     with stop_signals(display.line) as stop:
         for n in range(int(state.step) + 1, cfg.steps + 1):
             batch = batch_at(n - 1)
             state, metrics = step(state, put(batch))
             if last is not None:
                 look_at(*last)
-            last = (n, metrics, tokens(batch))
+            last = (n, metrics, batch)
 
             stopping = _agree(stop, n % cfg.log_every == 0)
             validating = validate is not None and (n == cfg.steps or (cfg.validate_every > 0 and n % cfg.validate_every == 0))
