@@ -189,7 +189,6 @@ def _train(run: Run, started: float | None) -> None:
     if config.model.kind == "dyntrm":
         platform = mesh.devices.flat[0].platform
         say(f"grouped matmul: {grouped.title(config.mesh.grouped, platform)} ({platform})")
-    say("the first step of each length is compiled: up to half a minute each, or a second or two from the compilation cache")
 
     meet("start")  # the first collective follows, and gives up on those who are late (Gloo: after half a minute)
     with Checkpoints(folder / CHECKPOINTS, config.train.keep, json.loads(to_json(config)), say) as checkpoints:
@@ -204,6 +203,7 @@ def _train(run: Run, started: float | None) -> None:
             return
         if done:
             say(f"going on from step {done} of {steps}")
+        say("the first step of each length is compiled: up to half a minute each, or a second or two from the compilation cache")
 
         def snapshot(_: int, state: Any, metrics: dict[str, Any]) -> None:
             arrays = assemble.routing_snapshot(state, metrics)

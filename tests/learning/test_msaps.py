@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyonn_jax.layers import base, spl
-from tinyonn_jax.layers.routing import RouterConfig
+from tinyonn_jax.layers import base, spl, tap
+from tinyonn_jax.layers.routing import RouterConfig, given
 from tinyonn_jax.learning.msaps import (
     BORN,
     anchors,
@@ -17,6 +17,7 @@ from tinyonn_jax.learning.msaps import (
     mean_norm,
     msaps,
     protection,
+    reborn,
     shape_layer,
     signs,
 )
@@ -191,3 +192,13 @@ def test_every_part_can_be_switched_off():
     grads = jax.tree.map(jnp.ones_like, params)
     after = off.adjust(grads, params, {}, {}, state(params))
     jax.tree.map(np.testing.assert_array_equal, after, grads)
+
+
+def test_types_stay_where_x64_is_on():
+    """Prototypes keep their type through protection and rebirth, whatever JAX's default is; so do taps."""
+    with jax.enable_x64(True):
+        assert protection(jnp.ones(4, jnp.float32), jnp.float32(0.5), 0.5).dtype == jnp.float32
+        for dtype in (jnp.bfloat16, jnp.float32):
+            assert reborn(jnp.ones((4, 2), dtype), jnp.arange(4) == 0, jax.random.key(0)).dtype == dtype
+        routing = given(jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 1), bool), 4)
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(tap.zeros(routing)))
