@@ -95,7 +95,7 @@ def predict(args: cli.Predict) -> None:
     for entry in entries:
         known = [] if entry["truth"] is None else [("truth", entry["truth"])]
         print_grids([("test input", entry["input"]), *known, *answers(entry)])
-    name = re.sub(r"[^\w.-]", "_", task.id)[:100]  # an id may be anything
+    name = re.sub(r"[^\w.-]", "_", task.id, flags=re.ASCII)[:100]  # an id may be anything
     print(axes.save(grids.task_figure(task.id, entries, shown), args.workdir / "figures" / f"task_{name}.png"))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinyonn_jax.config import Config, ConfigError, EvalConfig, LearningConfig, ModelConfig
+from tinyonn_jax.config import Config, ConfigError, DataConfig, EvalConfig, LearningConfig, ModelConfig, OptimConfig, TrainConfig
 from tinyonn_jax.layers.routing import RouterConfig
 
 
@@ -10,6 +10,24 @@ from tinyonn_jax.layers.routing import RouterConfig
 def test_a_choice_that_is_none_is_refused_with_those_that_are(make, field):
     with pytest.raises(ConfigError, match=rf"\.{field} must be one of .*; got 'nonsense'"):
         make(**{field: "nonsense"})
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "says"),
+    [
+        (TrainConfig, "steps", 2.5, "a whole number"),
+        (TrainConfig, "keep", True, "a whole number"),
+        (ModelConfig, "dim", "128", "a whole number"),
+        (OptimConfig, "lr", float("inf"), "finite"),
+        (OptimConfig, "lr", 10**400, "finite"),
+        (DataConfig, "buckets", [32, 64], "a tuple"),
+        (DataConfig, "train", "arc1", "a tuple"),
+        (DataConfig, "holdout", 1, "true or false"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(section, field, value, says):
+    with pytest.raises(ConfigError, match=rf"\.{field} must be {says}, got "):
+        section(**{field: value})
 
 
 def test_a_router_refuses_what_it_cannot_do():

@@ -22,8 +22,9 @@ import tyro
 from tinyonn_jax import host
 from tinyonn_jax.arc.tasks import DataError
 from tinyonn_jax.config import Config, ConfigError, EvalConfig, Kind, MeshConfig, RuleName
+from tinyonn_jax.observe.files import stored_preset
 from tinyonn_jax.presets import PRESETS, Preset
-from tinyonn_jax.runs import stored_config, stored_preset
+from tinyonn_jax.runs import stored_config
 from tinyonn_jax.training.checkpoint import CheckpointError
 from tinyonn_jax.training.loop import DivergedError, InterruptedRun
 
@@ -262,7 +263,7 @@ def guard(main: Callable[[], None]) -> int:
     except OSError as error:
         remedy = "; free some space and run the same command again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG):
-            remedy = "; name another place for it, or make this one writable"
+            remedy = "; check the path and its permissions"
         return _fail(f"{error.filename or 'a file that is written'}: {error.strerror or error}{remedy}", 1)
     except InterruptedRun as stop:
         print(f"{stop}; resume with: {again()}", flush=True)

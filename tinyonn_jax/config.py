@@ -5,9 +5,8 @@ The docstring below each field is its `--help` line.
 
 import dataclasses
 import json
-import math
+import sys
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tinyonn_jax.layers.base import wrong_choices
@@ -27,11 +26,11 @@ def _require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-_TYPES = {int: (Integral, "a whole number"), float: (Real, "a number"), bool: (bool, "true or false"), str: (str, "text")}
+_TYPES = {int: (int, "a whole number"), float: (int | float, "a number"), bool: (bool, "true or false"), str: (str, "text")}
 
 
 def _require_types(config: Any, section: str) -> None:
-    """Every field holds what its type says, one of its choices if they are named, and no number is infinite or none."""
+    """Every field holds what its type says, one of its choices if they are named, and every number is finite."""
     for wrong in wrong_choices(config):
         raise ConfigError(f"{section}.{wrong}")
     for name, hint in get_type_hints(type(config)).items():
@@ -39,10 +38,15 @@ def _require_types(config: Any, section: str) -> None:
         kind = get_args(hint)[0] if many else hint
         if kind in _TYPES:
             required, said = _TYPES[kind]
-            for item in value if many and isinstance(value, tuple) else (value,):
+            _require(not many or isinstance(value, tuple), f"{section}.{name} must be a tuple, got {value!r}")
+            items: tuple[Any, ...] = value if many else (value,)
+            for item in items:
                 fits = isinstance(item, required) and (kind is bool or not isinstance(item, bool))
-                _require(fits and (not many or isinstance(value, tuple)), f"{section}.{name} must be {said}, got {item!r}")
-                _require(kind is not float or math.isfinite(item), f"{section}.{name} must be finite, got {item}")
+                _require(fits, f"{section}.{name} must be {said}, got {item!r}")
+                _require(
+                    kind is not float or -sys.float_info.max <= item <= sys.float_info.max,
+                    f"{section}.{name} must be finite, got {item}",
+                )
 
 
 @dataclass(frozen=True)
@@ -295,6 +299,7 @@ class TrainConfig:
     """Newest checkpoints that are kept, besides the best."""
 
     def __post_init__(self):
+        _require_types(self, "train")
         for name in ("steps", "log_every", "checkpoint_every", "keep"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
         _require(0 <= self.seed < 2**32, f"train.seed must lie between 0 and 2³² - 1, got {self.seed}")
@@ -322,7 +327,7 @@ class EvalConfig:
     def __post_init__(self):
         _require_types(self, "eval")
         _require(self.augmentations >= 1, f"eval.augmentations must be at least 1, got {self.augmentations}")
-        _require(1e-3 <= self.min_probability <= 1, f"eval.min_probability must lie in [0.001, 1], got {self.min_probability}")
+        _require(0 < self.min_probability <= 1, f"eval.min_probability must lie in (0, 1], got {self.min_probability}")
         _require(self.batch >= 1, f"eval.batch must be at least 1, got {self.batch}")
         _require(self.entropy_stop >= 0, f"eval.entropy_stop must not be negative, got {self.entropy_stop}")
 
@@ -409,7 +414,7 @@ def from_json(text: str) -> Config:
     """The configuration that `to_json` wrote.
 
     Raises:
-        ConfigError: not JSON, or a field that this version does not know.
+        ConfigError: not JSON, a field that this version does not know, or a value that cannot be.
     """
     try:
         data = json.loads(text)

@@ -37,7 +37,7 @@ from tinyonn_jax.layers import base, grouped
 from tinyonn_jax.models import transformer
 from tinyonn_jax.models.flops import useful_flops
 from tinyonn_jax.observe.console import Progress
-from tinyonn_jax.observe.files import write_atomically
+from tinyonn_jax.observe.files import stored_preset, write_atomically
 from tinyonn_jax.observe.metrics import duration
 from tinyonn_jax.observe.writers import MetricsWriter
 from tinyonn_jax.training import assemble, loop, sharding
@@ -72,14 +72,6 @@ def stored_config(folder: Path) -> Config | None:
         return from_json(path.read_text(encoding="utf-8"))
     except (ConfigError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}; restore it, or start the run again in a new folder") from None
-
-
-def stored_preset(folder: Path) -> str | None:
-    """The preset that a run began with, where that is known."""
-    try:
-        return json.loads((Path(folder) / ORIGIN).read_text(encoding="utf-8")).get("preset")
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def open_run(folder: Path) -> Run:

@@ -203,6 +203,17 @@ def test_tokens_of_others_cannot_hurt_a_module():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((d_a, d_tap)))
 
 
+def test_modules_without_a_derivative_at_zero():
+    """A norm without an epsilon; the third module serves nobody."""
+    params = jnp.stack([jnp.eye(2), 2 * jnp.eye(2), 3 * jnp.eye(2)])
+    index = jnp.asarray([[0], [1], [1]])
+    r = routing.given(index, index >= 0, 3)
+    x = jnp.asarray([[1.0, 1.0], [3.0, 3.0], [0.5, 0.0]])
+    f = lambda w, x: x / jnp.linalg.norm(x, axis=-1, keepdims=True) @ w  # noqa: E731
+    grads = jax.jit(jax.grad(lambda *a: jnp.sum(experts.routed(f, *a[:2], r, a[2])), (0, 1, 2)))(params, x, tap.zeros(r))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)) and not np.any(grads[0][2])
+
+
 def test_neurons_are_refused():
     cfg = RouterConfig(E, 0, select="relu")
     neurons = jax.eval_shape(lambda: routing.route_all(Router(jnp.ones((E, D)), jnp.zeros(E)), X, cfg))

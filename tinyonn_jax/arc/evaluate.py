@@ -22,11 +22,13 @@ from tinyonn_jax.arc.submission import Prediction, Predictions
 from tinyonn_jax.arc.tasks import Pair, Task
 from tinyonn_jax.arc.tokens import END, MAX_SIDE
 from tinyonn_jax.arc.vote import Answer, read, vote
-from tinyonn_jax.config import DataConfig, EvalConfig
+from tinyonn_jax.config import ConfigError, DataConfig, EvalConfig
 
 _Answers = dict[tuple[str, int], list[Answer]]  # by task id and test input
 _Ask = Callable[[Sequence[int]], Prompts]  # the prompts of these numbers
 _Found = Iterator[tuple[np.ndarray, generate.Completions]]  # numbers [K] of prompts, and what follows them [K,W,…]
+
+WIDEST = 1000  # completions of one prompt, side by side
 
 
 class _Work(NamedTuple):
@@ -129,6 +131,10 @@ def evaluate(
 
     everything, plain = _distinct(groups, data), _Work([], [])
     width = generate.search_width(cfg.min_probability)
+    if cfg.decode == "search" and width > WIDEST:
+        raise ConfigError(
+            f"eval.min_probability {cfg.min_probability} asks for {width:,} completions a prompt: at least {1 / WIDEST}"
+        )
     if cfg.decode == "search":
         plain = _distinct({b: [query for query in group if query.view == Augmentation()] for b, group in groups.items()}, data)
     done, total = 0, sum(len(range(p, len(work.asked), processes)) for work in (plain, everything))
@@ -227,6 +233,6 @@ def _group(queries: Sequence[Query], data: DataConfig, answer: bool = False) -> 
             groups[bucket].append(query)
     return groups, tuple(
         f"task {name}, test input {test + 1}: the prompts of {len(sizes)} views are longer than the largest bucket "
-        f"({data.buckets[-1]} tokens) and go unanswered; the longest has {sizes[-1]}: a new run with larger --data.buckets can"
+        f"({data.buckets[-1]} tokens) and go unanswered; the longest has {sizes[-1]}: train with larger --data.buckets for them"
         for (name, test), sizes in sorted(misfits.items())
     )

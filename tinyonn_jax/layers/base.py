@@ -1,4 +1,4 @@
-"""Parameters declared once, and the small maths every layer shares: norms, entropy, rotary positions.
+"""Parameters declared once, configurations checked, and the small maths every layer shares: norms, entropy, rotary positions.
 
 A layer's `spec(cfg)` returns its params struct filled with `Param(shape, axes, init)`; `init` and the sharding tree both
 derive from it by tree map. Letters: N tokens, D model, C head size, T positions.

@@ -92,8 +92,8 @@ Module = Callable[[Any, Array], Array]
 def routed(f: Module, params: Any, x: Float[Array, "N D"], routing: Routing, tap: taps.Tap | None = None) -> Float[Array, "N D"]:
     """The same sum for any module function `f(params_m, x [N,D]) -> [N,D]` that treats tokens independently.
 
-    `params` has a leading module axis M on every leaf; what `f` closes over gets no gradient. A module sees zeros in place of
-    the tokens of others. The backward rule is the explicit per-module vjp. Per-token parameter norms come from one vjp per
+    `params` has a leading module axis M on every leaf; what `f` closes over gets no gradient. A module sees its own
+    tokens only. The backward rule is the explicit per-module vjp. Per-token parameter norms come from one vjp per
     token and module, taken one token at a time: exact, and slow for large modules.
 
     Raises:
@@ -105,9 +105,10 @@ def routed(f: Module, params: Any, x: Float[Array, "N D"], routing: Routing, tap
 
 
 def _own(f: Module, params_m: Any, x: Float[Array, "N D"], hit_m: Bool[Array, " N"]) -> Float[Array, "N D"]:
-    """One module on its own tokens; zero for those of others."""
+    """One module on its own tokens, and zero for those of others, in whose place it sees one of its own: it may have no value or
+    no derivative at theirs, or at zero."""
     hit = hit_m[:, None]
-    return jnp.where(hit, f(params_m, jnp.where(hit, x, 0)), 0)
+    return jnp.where(hit, f(params_m, jnp.where(hit, x, jax.lax.stop_gradient(x[jnp.argmax(hit_m)]))), 0)
 
 
 def _hits(routing: Routing) -> Bool[Array, "N M"]:
@@ -135,7 +136,8 @@ def _routed_bwd(f, saved, g):
     def one_module(params_m, w_m, hit_m):  # the explicit vjp of one module, on every token, cotangent masked by its weight
         y, vjp = jax.vjp(lambda p, x: _own(f, p, x, hit_m), params_m, x)
         d_params, d_x = vjp((g * w_m[:, None]).astype(y.dtype))
-        return y, d_params, d_x
+        used = jnp.any(hit_m)  # if not, not even zero times a derivative is to be trusted
+        return y, jax.tree.map(lambda d: d if d.dtype == jax.dtypes.float0 else jnp.where(used, d, 0), d_params), d_x
 
     y, d_params, d_x = jax.vmap(one_module, (0, 1, 1))(params, w, _hits(routing))
     inner = jnp.einsum("mnd,nd->nm", y, g, preferred_element_type=jnp.float32)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from tinyonn_jax.observe import console as terminal
 from tinyonn_jax.observe.axes import SERIES, curve, empty, legend_below, log_axis, new_figure, save, step_axis, style
-from tinyonn_jax.observe.files import read_config, read_json, require_run
+from tinyonn_jax.observe.files import damaged, read_config, read_json, require_run
 from tinyonn_jax.observe.metrics import Row, count, duration, latest, percent, training_seconds
 from tinyonn_jax.observe.writers import read_metrics
 
@@ -39,20 +39,23 @@ def compare_figure(runs: Mapping[str, Sequence[Row]]) -> Figure:
 
 def comparison(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[list[str]]]:
     """Header and one line a run: what it is, its size, time and newest metrics, its scores. A dash is for what is not there."""
-    header = ["run", "kind", "rule", "parameters", "steps", "time", "loss", "val. grids", "tokens/s", "pass@1", "pass@2"]
-    header.append("interval")  # of pass@2
+    header = ["run", "kind", "rule", "parameters", "steps", "time", "loss", "val. grids", "tokens/s"]
+    header += ["pass@1", "pass@2", "interval"]
     table = []
     for folder in map(Path, folders):
         rows, config = read_metrics(folder), read_config(folder)
         score, parameters = (read_json(folder / f"{name}.json") for name in ("score", "parameters"))
         values = latest(rows)
-        share = {name: percent(score[name]["outputs"]) if score else "–" for name in ("pass@1", "pass@2")}
-        interval = (score or {}).get("intervals", {}).get("pass@2", {}).get("outputs")
+        with damaged(folder / "score.json"):
+            share = {name: percent(score[name]["outputs"]) if score else "–" for name in ("pass@1", "pass@2")}
+            interval = (score or {}).get("intervals", {}).get("pass@2", {}).get("outputs")
+        with damaged(folder / "parameters.json"):
+            size = count(parameters["total"]) if parameters else "–"
         table.append([
             str(folder),
             config.model.kind if config else "–",
             "–" if config is None or config.model.kind == "dense" else config.learning.rule,
-            count(parameters["total"]) if parameters else "–",
+            size,
             str(rows[-1]["step"]) if rows else "–",
             duration(training_seconds(rows)) if "seconds" in values else "–",
             f"{values['main_loss']:.4f}" if "main_loss" in values else "–",

@@ -37,7 +37,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({error}); write it again with evaluate, or delete it") from None
+        raise ConfigError(f"{path}: not JSON ({error}); delete it, or write it again with train or evaluate") from None
 
 
 def read_config(folder: Path) -> Config | None:
@@ -48,9 +48,20 @@ def read_config(folder: Path) -> Config | None:
         return None
 
 
+def stored_preset(folder: Path) -> str | None:
+    """The preset that a run began with, where that is known."""
+    try:
+        preset = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("preset")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return preset if isinstance(preset, str) else None
+
+
 def require_run(folder: Path) -> None:
-    """Raises:
-    ConfigError: the folder does not exist, or holds nothing of a run.
+    """Nothing, for a run folder.
+
+    Raises:
+        ConfigError: the folder does not exist, or holds nothing of a run.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such run folder; train writes it")
@@ -60,10 +71,12 @@ def require_run(folder: Path) -> None:
 
 @contextlib.contextmanager
 def damaged(path: Path) -> Iterator[None]:
-    """Raises:
-    ConfigError: what a file holds could not be used.
+    """Names the file where what it holds cannot be used.
+
+    Raises:
+        ConfigError: it could not.
     """
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ConfigError(f"{path}: damaged ({error!r}); write it again with evaluate, or delete it") from None
+        raise ConfigError(f"{path}: damaged ({error!r}); delete it, or write it again with train or evaluate") from None

@@ -17,7 +17,7 @@ import numpy as np
 from tinyonn_jax.config import Config
 from tinyonn_jax.observe.answers import ARC_COLOURS, MARK, Entry, Grid, answers, judge, solved
 from tinyonn_jax.observe.figures import write_dashboards
-from tinyonn_jax.observe.files import damaged, read_config, read_json, require_run, write_atomically
+from tinyonn_jax.observe.files import damaged, read_config, read_json, require_run, stored_preset, write_atomically
 from tinyonn_jax.observe.metrics import Row, column, count, duration, latest, percent, training_seconds
 from tinyonn_jax.observe.writers import read_metrics
 from tinyonn_jax.presets import PRESETS
@@ -49,11 +49,6 @@ def preset_and_flags(config: Config, preset: str | None = None) -> tuple[str, li
 
     candidates = [preset] if preset in PRESETS else PRESETS
     return min(((name, flags(PRESETS[name][1])) for name in candidates), key=lambda found: len(found[1]))
-
-
-def _preset_and_flags(folder: Path, config: Config) -> tuple[str, list[str]]:
-    origin = read_json(folder / "run.json")
-    return preset_and_flags(config, origin.get("preset") if isinstance(origin, dict) else None)
 
 
 # --- pieces of the page -------------------------------------------------------------------------------------------------
@@ -190,7 +185,7 @@ def _configuration(folder: Path, config: Config | None) -> str:
             return _missing("No configuration: <code>config.json</code> is missing.")
         text = _esc(path.read_text(encoding="utf-8", errors="replace"))
         return _missing("Written by another version; shown as it is.") + f'<pre class="scroll">{text}</pre>'
-    preset, _ = _preset_and_flags(folder, config)
+    preset, _ = preset_and_flags(config, stored_preset(folder))
     base = dataclasses.asdict(PRESETS[preset][1])
     out = f'<p class="note">Marked fields differ from preset <code>{preset}</code>.</p><div class="sections">'
     for section, values in dataclasses.asdict(config).items():
@@ -205,7 +200,7 @@ def _configuration(folder: Path, config: Config | None) -> str:
 def _reproduce(folder: Path, config: Config | None, score: Entry | None) -> str:
     if config is None:
         return _missing("The command is not known without a readable <code>config.json</code>.")
-    preset, flags = _preset_and_flags(folder, config)
+    preset, flags = preset_and_flags(config, stored_preset(folder))
     workdir = f"--workdir runs/{shlex.quote(folder.resolve().name)}"
     lines = [" ".join(["python experiments/arc.py train", f"--preset {preset}", workdir, *flags])]
     augmentations = (score or {}).get("augmentations", config.eval.augmentations)
@@ -348,6 +343,3 @@ figure.right small{color:var(--right)}figure.wrong small{color:var(--wrong)}
 .facts{grid-template-columns:1fr 1fr}
 .scores td,.scores th{min-width:0;padding-right:8px}.scores td small{white-space:normal}.scores td+td b{font-size:16px}}
 """ + "".join(f".c{i}{{fill:{colour}}}" for i, colour in enumerate(ARC_COLOURS))
-
-
-# --- runs side by side --------------------------------------------------------------------------------------------------
