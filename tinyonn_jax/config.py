@@ -176,6 +176,8 @@ class LearningConfig:
     """msaps: modules whose activation rate falls below this get a new prototype; 0 turns it off."""
     balance: float = 0.0
     """sars, backprop: weight of a loss that is least when all modules serve as many tokens; 0 turns it off."""
+    centre: bool = False
+    """sars: entropy moves no module's mean logit over a batch: routers learn what tokens differ in, not whom all prefer."""
     pi_alpha: float = 0.1
     """Predictive integrity PI = exp(-alpha (loss / tau + gamma surprise)): alpha."""
     pi_gamma: float = 1.0

@@ -1,6 +1,7 @@
 """SARS against float64 loops and finite differences, for both granularities and both signs."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import flax.struct
@@ -102,9 +103,9 @@ def test_unused_modules_get_nothing_whatever_their_logits():
     assert not np.any(token[~used]) and np.any(token[used])
 
 
-def compiled(granularity: Granularity, sign: Literal["bayes", "reinforce"]):
+def compiled(granularity: Granularity, sign: Literal["bayes", "reinforce"], **options):
     """Objective and gradient of one layer."""
-    rule = sars(granularity, sign)
+    rule = sars(granularity, sign, **options)
     return jax.jit(
         jax.value_and_grad(lambda r, routing, found: rule.objective({"a": r}, {"a": routing}, {"a": found}, META), has_aux=True)
     )
@@ -256,23 +257,44 @@ def test_imbalance_by_hand():
     assert float(imbalance(prior, silent, shared)) == pytest.approx(np.mean([2 * (9 + 1) / 16, 1]))
 
 
-def test_balance_keeps_modules_in_use_that_entropy_alone_gives_up():
-    """64 random tokens with a mean, 8 modules of which a token uses two, no surprise at all: 300 steps down the meta loss."""
+@partial(jax.jit, static_argnames=("balance", "centre", "steps"))
+def loads(mean, steps=300, **options):
+    """Tokens of each module after so many steps down the meta loss: 64 random tokens with a mean, 8 modules of which a token uses
+    two, no surprise at all."""
     cfg = RouterConfig(8, 2)
-    x = jax.random.normal(jax.random.key(0), (64, D)) + 2
+    x = jax.random.normal(jax.random.key(0), (64, D)) + mean
     first = Router(jax.random.normal(jax.random.key(1), (8, D)), jnp.zeros(8))
     none = Signals(*(jnp.zeros((64, 2)) for _ in range(3)), *(jnp.zeros(8) for _ in range(2)))
 
-    def load(balance):
-        def loss(router):
-            routing = route(jax.lax.stop_gradient(router), x, cfg)
-            return sars(balance=balance).objective({"a": router}, {"a": routing}, {"a": none}, META)[0]
+    def loss(router):
+        routing = route(jax.lax.stop_gradient(router), x, cfg)
+        return sars(**options).objective({"a": router}, {"a": routing}, {"a": none}, META)[0]
 
-        def step(router, _):
-            return jax.tree.map(lambda p, g: p - 0.3 * g, router, jax.grad(loss)(router)), None
+    def step(router, _):
+        return jax.tree.map(lambda p, g: p - 0.3 * g, router, jax.grad(loss)(router)), None
 
-        last = jax.jit(lambda r: jax.lax.scan(step, r, length=300)[0])(first)
-        return np.asarray(jax.jit(routes.served)(route(last, x, cfg)))
+    return routes.served(route(jax.lax.scan(step, first, length=steps)[0], x, cfg))
 
-    assert np.sum(load(0.0) > 0) <= 4
-    assert load(1.0).min() > 0.75 * 64 * 2 / 8
+
+def test_balance_keeps_modules_in_use_that_entropy_alone_gives_up():
+    assert np.sum(loads(2.0) > 0) <= 4
+    assert loads(2.0, balance=1.0).min() > 0.75 * 64 * 2 / 8
+
+
+def test_centred_entropy_leaves_the_load_as_it_was():
+    """It gives no module up; nor does it spread the load that a mean of all tokens makes uneven, which balance does."""
+    first, alone, centred = loads(0.5, steps=0), loads(0.5), loads(0.5, centre=True)
+    assert first.min() >= 4 and alone.min() == 0 and alone.max() == 64
+    assert centred.min() >= 4 and abs(centred.max() - first.max()) <= 4
+    assert loads(0.5, centre=True, balance=1.0).min() > 0.75 * 64 * 2 / 8
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_centred_the_mean_logit_of_no_module_moves(granularity):
+    """The loss is the same; the gradient of a bias is its logits' mean gradient, which is gone, and a prototype's is not."""
+    router, routing, signals = example()
+    (loss, _), grads = compiled(granularity, "bayes", centre=True)(router, routing, signals)
+    (plain, _), before = objectives[granularity, "bayes"](router, routing, signals)
+    assert float(loss) == pytest.approx(float(plain), rel=1e-6)
+    np.testing.assert_allclose(grads.gate, 0, atol=1e-6 * float(jnp.abs(before.gate).max()))
+    assert float(jnp.abs(grads.proto).max()) > 1e-2 * float(jnp.abs(before.proto).max())

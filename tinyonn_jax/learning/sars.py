@@ -7,8 +7,8 @@
 
 Importance and cost are surprise: at granularity `module` the norms of the module's output and parameter gradients over the
 batch, at `token` the token's attribution and ghost norm. Letters: N tokens, M modules, G groups of P that compete.
-Source: seed 1 §3, seed 4; MECHANISMS §5. The seeds have no `balance`, and there the easiest way down is to give every token the
-same modules.
+Source: seed 1 §3, seed 4; MECHANISMS §5. The seeds have neither `balance` nor `centre`, and there the easiest way down is to give
+every token the same modules: tokens have a mean in common, and all prototypes end along it, or against it.
 """
 
 from typing import Literal
@@ -79,17 +79,29 @@ def imbalance(prior: Float[Array, "*R N G P"], routing: Routing, proto: Float[Ar
     return jnp.mean(jnp.where(jnp.sum(load, -1) > 0, uneven, 1.0))
 
 
+def centred(logits: Float[Array, "*R N M"], routing: Routing) -> Float[Array, "*R N M"]:
+    """The logits, with a gradient that moves no module's mean over the valid tokens: only what tokens differ in is learned.
+
+    That is the gradient less its own mean over tokens, so that prototypes move along inputs less the mean input, and biases not.
+    """
+    valid = routing.valid[..., None]
+    mean = jnp.sum(jnp.where(valid, logits, 0), -2, keepdims=True) / jnp.maximum(jnp.sum(valid, -2, keepdims=True), 1)
+    return logits - mean + stop_gradient(mean)
+
+
 def sars(
     granularity: Granularity = "token",
     prior_sign: Literal["bayes", "reinforce"] = "reinforce",
     goodness_gate: bool = False,
     neuron_cost: Granularity = "module",
     balance: float = 0.0,
+    centre: bool = False,
 ) -> LearningRule:
     """The SARS learning rule.
 
     `prior_sign`: bayes subtracts goodness, as derived; reinforce adds it, so good modules gain. `goodness_gate`: a module's main
     gradient is applied only where its mean goodness is positive. `neuron_cost`: see `goodness`. `balance` weighs `imbalance`.
+    `centre`: the entropy, not the balance, is of `centred` logits.
     """
     sign = -1.0 if prior_sign == "bayes" else 1.0
 
@@ -99,12 +111,13 @@ def sars(
             proto = routers[name].proto
             good = goodness(routing, signals[name], granularity, neuron_cost)
             laid = _laid(good, routing, granularity)
-            logits = _competing(logits_of(routers[name], routing), routing)
-            prior = logits + sign * laid
+            logits = logits_of(routers[name], routing)
+            shaped = centred(logits, routing) if centre else logits
+            prior = _competing(shaped, routing) + sign * laid
             losses.append(mean_over_tokens(entropy(prior).mean(-1), routing))  # entropy [*R,N,G]
             shares.append(losses[-1] / jnp.log(max(routing.config.per_group, 2)))
             if balance:
-                losses[-1] += balance * imbalance(prior, routing, proto)
+                losses[-1] += balance * imbalance(_competing(logits, routing) + sign * laid, routing, proto)
             tokens = pooled(jnp.sum(routing.valid, -1, keepdims=True), proto[..., 0])
             modules = routing.config.modules
             gains, loses = (mean_over_tokens(jnp.sum(v, -1) / modules, routing) for v in (good > 0, good < 0))

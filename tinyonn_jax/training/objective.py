@@ -24,9 +24,23 @@ def make_rule(config: Config) -> LearningRule:
         case "backprop":
             return backprop(cfg.balance)
         case "sars":
-            return sars(cfg.granularity, cfg.prior_sign, cfg.goodness_gate, cfg.neuron_cost, cfg.balance)
+            return sars(
+                cfg.granularity,
+                cfg.prior_sign,
+                goodness_gate=cfg.goodness_gate,
+                neuron_cost=cfg.neuron_cost,
+                balance=cfg.balance,
+                centre=cfg.centre,
+            )
         case "msaps":
-            return msaps(cfg.attract, cfg.regress, cfg.protect, cfg.temperature, cfg.l2, cfg.renew)
+            return msaps(
+                attract=cfg.attract,
+                regress=cfg.regress,
+                protect=cfg.protect,
+                temperature=cfg.temperature,
+                l2=cfg.l2,
+                renew=cfg.renew,
+            )
 
 
 def token_losses(logits: Float[Array, "*R B T V"], tokens: Int[Array, "B T"]) -> tuple[Float[Array, "*R B T"], Array]:
