@@ -131,11 +131,10 @@ def evaluate(
 
     everything, plain = _distinct(groups, data), _Work([], [])
     width = generate.search_width(cfg.min_probability)
-    if cfg.decode == "search" and width > WIDEST:
-        raise ConfigError(
-            f"eval.min_probability {cfg.min_probability} asks for {width:,} completions a prompt: at least {1 / WIDEST}"
-        )
     if cfg.decode == "search":
+        if width > WIDEST:
+            asked = f"eval.min_probability {cfg.min_probability} asks for {width:,} completions a prompt"
+            raise ConfigError(f"{asked}; raise it to {1 / WIDEST} or more")
         plain = _distinct({b: [query for query in group if query.view == Augmentation()] for b, group in groups.items()}, data)
     done, total = 0, sum(len(range(p, len(work.asked), processes)) for work in (plain, everything))
     if cfg.decode == "search":

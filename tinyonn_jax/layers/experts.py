@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from tinyonn_jax.layers import grouped, parallel
 from tinyonn_jax.layers import tap as taps
 from tinyonn_jax.layers.base import Param, fan_in
-from tinyonn_jax.layers.routing import Routing, per_module
+from tinyonn_jax.layers.routing import Routing, held, per_module
 
 
 @flax.struct.dataclass
@@ -112,7 +112,7 @@ def _own(f: Module, params_m: Any, x: Float[Array, "N D"], hit_m: Bool[Array, " 
 
 
 def _hits(routing: Routing) -> Bool[Array, "N M"]:
-    return per_module(routing.active.astype(jnp.float32), routing) > 0
+    return jnp.any(held(routing), -2).reshape(routing.logits.shape)
 
 
 def _sum_routed(f, params, x, weight, routing):

@@ -66,9 +66,12 @@ def layers(params: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
     children = _children(params)
     if isinstance(children.get("router"), Router):
         return {".".join(path): params}
-    found = {name: layer for key, child in children.items() for name, layer in layers(child, (*path, key)).items()}
-    if found and any("." in key and layers(child) for key, child in children.items()):
-        raise ValueError(f"routed layers are named by dotted paths: rename what has a dot in its name among {sorted(children)}")
+    found: dict[str, Any] = {}
+    for key, child in children.items():
+        inner = layers(child, (*path, key))
+        if inner and "." in key:
+            raise ValueError(f"routed layers are named by dotted paths: rename {key!r}, which has a dot in its name")
+        found |= inner
     return found
 
 
