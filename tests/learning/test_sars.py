@@ -103,6 +103,18 @@ def test_unused_modules_get_nothing_whatever_their_logits():
     assert not np.any(token[~used]) and np.any(token[used])
 
 
+def test_one_slot_a_group_is_judged_by_the_batch():
+    """Normalised over the one module that a token uses, its signals are one, whatever they were: those of the modules speak."""
+    _, routing, signals = example()
+    one = replace(routing.config, slots=1)
+    single = replace(routing, config=one, **{k: getattr(routing, k)[:, ::2] for k in ("index", "weight", "active")})
+    less = lambda s: replace(s, **{k: getattr(s, k)[:, ::2] for k in ("output", "attribution", "param")})  # noqa: E731
+    good = goodness(single, less(signals), "token")
+    np.testing.assert_array_equal(good, goodness(single, less(signals), "module"))
+    other = replace(signals, module_param=signals.module_param[::-1])
+    assert np.any(good > 0) and np.any(good < 0) and not np.allclose(good, goodness(single, less(other), "token"))
+
+
 def compiled(granularity: Granularity, sign: Literal["bayes", "reinforce"], **options):
     """Objective and gradient of one layer."""
     rule = sars(granularity, sign, **options)

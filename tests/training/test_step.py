@@ -15,6 +15,7 @@ from tinyonn_jax.config import Config, MeshConfig, OptimConfig
 from tinyonn_jax.layers import dynmoe
 from tinyonn_jax.layers.routing import RouterConfig
 from tinyonn_jax.learning import backprop, msaps, none, sars
+from tinyonn_jax.learning.msaps import protection
 from tinyonn_jax.learning.rule import initial, without_routers
 from tinyonn_jax.models import transformer
 from tinyonn_jax.training import sharding
@@ -136,6 +137,45 @@ def test_a_layer_may_be_a_plain_dict():
     got = collect(rule, loss_fn, {"layer": {"router": made.router, "modules": made.modules}})[0]["layer"]
     chex.assert_trees_all_equal(got, {"router": want.router, "modules": want.modules})
     assert np.any(want.router.proto)
+
+
+def moved(before, after):
+    """How far each row, or each module, of a leaf went."""
+    return np.linalg.norm(np.asarray(after - before).reshape(len(before), -1), axis=-1)
+
+
+def test_protected_prototypes_move_less_under_adamw():
+    """AdamW gives back what is taken from a gradient, so it is the update that is held back."""
+    tx = make_optimizer(OPTIM, 10)
+    params = parameters()
+    for layer in ("a", "b"):
+        router = params[layer].router
+        params[layer] = params[layer].replace(router=router.replace(gate=jnp.array([0.3, 0.0, 0.1])))
+    went = {}
+    for protect in (True, False):
+        rule = msaps(protect=protect, renew=0.0)
+        state, _ = make_train_step(network(), rule, tx)(start(rule, tx, params=copy(params)), BATCH)
+        went[protect] = moved(params["a"].router.proto, state.params["a"].router.proto)
+    free = 1 - protection(params["a"].router.gate, jnp.float32(0), 0.5)
+    assert free[1] == 0 and 0 < free[2] < free[0] < 1
+    np.testing.assert_allclose(went[True], free * went[False], rtol=1e-3)
+    assert (went[False] > 0).all()
+
+
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
+def test_modules_that_are_not_good_stand_still_whatever_the_momentum(matrices):
+    tx = make_optimizer(OptimConfig(matrices=matrices, warmup=0.0, weight_decay=0.0), 100)
+    rule, rng = sars(goodness_gate=True), np.random.default_rng(0)
+    step = make_train_step(network(), rule, tx)
+    state, seen = start(rule, tx), set()
+    for _ in range(12):
+        before, batch = copy(state.params), BATCH | {"x": jnp.asarray(3 * rng.normal(size=(2, 5, D)), jnp.float32)}
+        state, metrics = step(state, batch)
+        for layer in "ab":
+            went = moved(before[layer].modules.w_in, state.params[layer].modules.w_in) > 0
+            np.testing.assert_array_equal(went, metrics["layers"][layer]["goodness"] > 0)
+            seen |= {*went.tolist()}
+    assert seen == {True, False}
 
 
 def test_metrics_of_a_step(with_sars):

@@ -4,7 +4,7 @@ surprised ones away; gates learn to predict surprise.
     good: s_m < quantile_a(s), sign −1;   bad: s_m > quantile_{1−a}(s), sign +1     over active modules, a = activation rate
     L_proto = Σ_m sign_m · cos(p_m, anchor_m)          anchor_m = mean of the inputs that activated m in this batch
     L_gate  = mean (x_n·gate_m − S_m)²                 S = DRLN(mu surprise + proto surprise), the Total Surprise
-    proto gradient *= 1 − protection                   of the modules with the smallest gates (endogenous ranking)
+    proto update *= 1 − protection                     of the modules with the smallest gates (endogenous ranking)
     L += λ (Σ‖p‖² + Σ‖mu‖²)                             λ = λ0 · mean norm of all p and mu
     dead prototypes start again near the centroid of the living
 
@@ -58,7 +58,7 @@ def cosine(p: Float[Array, "*R M D"], anchor: Float[Array, "*R M D"]) -> Float[A
 
 
 def protection(size: Float[Array, "*L M"], accuracy: Array, temperature: float) -> Float[Array, "*L M"]:
-    """How much of each prototype's gradient is held back, in (0, 1], by the `size` of gates; all of it for the smallest.
+    """How much of each prototype's update is held back, in (0, 1], by the `size` of gates; all of it for the smallest.
 
     exp((rank − 1) / τ), which where gates differ is softmax(rank / τ) over a layer's modules divided by its largest, so that it
     acts at any number of modules. A rank is the share of modules with a larger gate, so equal gates are protected equally, and
@@ -133,21 +133,23 @@ def msaps(
 
     def adjust(grads, params, routings, signals, meta):
         decay = l2 * mean_norm(params) if l2 else 0.0
-        for name, layer in layers(params).items():
+        for name, layer in layers(params).items() if l2 else ():
             router, gradient = part(layer, "router"), part(layers(grads)[name], "router")
-            d_proto = gradient.proto
-            if protect:
-                d_proto = d_proto * (1 - protection(gate_size(router), meta.accuracy, temperature))[..., None]
-            if l2:
-                d_proto = d_proto + 2 * decay * router.proto
-                modules = jax.tree.map(
-                    lambda g, w, router=router: g + 2 * decay * w if _is_matrix(w, router) else g,
-                    part(layers(grads)[name], "modules"),
-                    part(layer, "modules"),
-                )
-                grads = replace_part(grads, name, "modules", modules)
-            grads = replace_part(grads, name, "router", replace(gradient, proto=d_proto))
+            modules = jax.tree.map(
+                lambda g, w, router=router: g + 2 * decay * w if _is_matrix(w, router) else g,
+                part(layers(grads)[name], "modules"),
+                part(layer, "modules"),
+            )
+            grads = replace_part(grads, name, "modules", modules)
+            grads = replace_part(grads, name, "router", replace(gradient, proto=gradient.proto + 2 * decay * router.proto))
         return grads
+
+    def restrain(updates, params, routings, signals, meta):
+        for name, router in routers(params).items() if protect else ():
+            free = 1 - protection(gate_size(router), meta.accuracy, temperature)
+            update = routers(updates)[name]
+            updates = replace_part(updates, name, "router", replace(update, proto=update.proto * free[..., None]))
+        return updates
 
     def update(meta, routings, signals, metrics):
         new = record(meta, routings, signals, metrics)
@@ -168,7 +170,7 @@ def msaps(
             rates[name] = jnp.where(dead[name], BORN, rate)
         return params, replace(meta, rule=rates), dead
 
-    return LearningRule(init, objective, adjust, update, renew=give_birth if renew else None)
+    return LearningRule(init, objective, adjust, update, restrain, renew=give_birth if renew else None)
 
 
 def mean_norm(params: Any) -> Array:

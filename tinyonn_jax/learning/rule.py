@@ -40,19 +40,26 @@ class MetaState:
     rule: Any = None
 
 
+def _unchanged(grads, params, routings, signals, meta):
+    return grads
+
+
 class LearningRule(NamedTuple):
     """What a rule does at each point of a step.
 
-    `init(params, routings)` → state; `objective` → the routers' own loss; `adjust(grads, params, …)` → gradients after
-    protection, gating or decay; `update` → next state. `isolate` says what the model must do: cut routers off the main loss
-    (True), or let it teach them. `renew(params, state, key)` → params and state with some prototypes made anew after the step,
-    and for each layer a mask `[M]` of them, whose optimizer moments and average start again; None for rules that never do.
+    `init(params, routings)` → state; `objective` → the routers' own loss; `adjust(grads, params, …)` → gradients after gating or
+    decay; `restrain(updates, params, …)` → what the optimizers make of them, after gating or protection (AdamW and Muon divide by
+    a gradient's size, so that one made smaller moves its parameter as far); `update` → next state. `isolate` says what the model
+    must do: cut routers off the main loss (True), or let it teach them. `renew(params, state, key)` → params and state with some
+    prototypes made anew after the step, and for each layer a mask `[M]` of them, whose optimizer moments and average start again;
+    None for rules that never do.
     """
 
     init: Callable[[Any, Routings], MetaState]
     objective: Callable[[Routers, Routings, dict[str, Signals], MetaState], tuple[Array, Metrics]]
     adjust: Callable[[Any, Any, Routings, dict[str, Signals], MetaState], Any]
     update: Callable[[MetaState, Routings, dict[str, Signals], Metrics], MetaState]
+    restrain: Callable[[Any, Any, Routings, dict[str, Signals], MetaState], Any] = _unchanged
     isolate: bool = True
     renew: Callable[[Any, MetaState, Array], tuple[Any, MetaState, dict[str, Array]]] | None = None
 
@@ -201,10 +208,6 @@ def load_balance(weight: Float[Array, "*R N K"], routing: Routing) -> Array:
 
     load = jax.lax.stop_gradient(served(routing))
     return 0.5 * (unevenness(load) + unevenness(totals(weight, routing)))
-
-
-def _unchanged(grads, params, routings, signals, meta):
-    return grads
 
 
 def none() -> LearningRule:

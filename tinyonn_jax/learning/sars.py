@@ -6,7 +6,8 @@
     prior        = softmax(prior_logits)
 
 Importance and cost are surprise: at granularity `module` the norms of the module's output and parameter gradients over the
-batch, at `token` the token's attribution and ghost norm. Letters: N tokens, M modules, G groups of P that compete.
+batch, at `token` the token's attribution and ghost norm, where it uses several modules. Letters: N tokens, M modules, G groups of
+P that compete.
 Source: seed 1 §3, seed 4; MECHANISMS §5. The seeds have neither `balance` nor `centre`, and there the easiest way down is to give
 every token the same modules: tokens have a mean in common, and all prototypes end along it, or against it.
 """
@@ -37,12 +38,12 @@ def goodness(
     """Importance × (belief − cost), each normalised over the modules that compete; 0 for modules not used, carries no gradient.
 
     A value for every module at granularity module (S = M), for every slot at granularity token (S = K): there a token's other
-    modules have none. A module counts as used if the batch used it (module), or if the token did (token). For neurons at
-    granularity token the cost is the module's all the same: per token it is |δ|·‖x‖, which normalised over neurons is |δ|, the
-    importance, again.
+    modules have none. A module counts as used if the batch used it (module), or if the token did (token). With one slot a group
+    (`lone`) it is the module's whatever the granularity. For neurons at granularity token the cost is the module's all the same:
+    per token it is |δ|·‖x‖, which normalised over neurons is |δ|, the importance, again.
     """
     belief = drln(_competing(routing.logits, routing))
-    if granularity == "module":
+    if granularity == "module" or lone(routing):
         importance, cost = signals.module_output[..., None, :], signals.module_param[..., None, :]
         used = (served(routing) > 0)[..., None, :]
     else:
@@ -55,9 +56,14 @@ def goodness(
     return stop_gradient(good.reshape(*good.shape[:-2], -1))
 
 
+def lone(routing: Routing) -> bool:
+    """Whether a token uses one module a group: nothing it feels can be compared, and normalised is 1 whatever it was."""
+    return routing.index is not None and routing.config.slots_per_group == 1
+
+
 def _laid(good: Float[Array, "*R N S"], routing: Routing, granularity: Granularity) -> Float[Array, "*R N G P"]:
     """Goodness by module."""
-    slots = granularity == "token" and routing.index is not None
+    slots = granularity == "token" and routing.index is not None and not lone(routing)
     return _competing(per_module(good, routing) if slots else good, routing)
 
 
@@ -100,7 +106,7 @@ def sars(
     """The SARS learning rule.
 
     `prior_sign`: bayes subtracts goodness, as derived; reinforce adds it, so good modules gain. `goodness_gate`: a module's main
-    gradient is applied only where its mean goodness is positive. `neuron_cost`: see `goodness`. `balance` weighs `imbalance`.
+    gradient is applied, and the module moves, only where its mean goodness is positive. `neuron_cost`: see `goodness`. `balance` weighs `imbalance`.
     `centre`: the entropy, not the balance, is of `centred` logits.
     """
     sign = -1.0 if prior_sign == "bayes" else 1.0
@@ -142,7 +148,8 @@ def sars(
             grads = replace_part(grads, name, "modules", gate(part(layer, "modules"), total > 0))
         return grads
 
-    return LearningRule(initial, objective, adjust, record)
+    # Of updates too, or the optimizers' momentum would move a module whose gradient is zero.
+    return LearningRule(initial, objective, adjust, record, restrain=adjust)
 
 
 def gate(modules: Array, keep: Array) -> Array:

@@ -136,6 +136,7 @@ def make_train_step(
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         grads, routings, signals, metrics = gradients(loss_fn, rule, state.params, state.meta, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates = rule.restrain(updates, state.params, routings, signals, state.meta)
         params = optax.apply_updates(state.params, updates)
         # A short memory at first, as there is little to remember.
         decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
