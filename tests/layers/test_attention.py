@@ -175,3 +175,9 @@ def test_sequences_of_a_batch_decode_at_slots_of_their_own(params):
         row = jnp.arange(B)
         y, cache = cached(params, X[row, at][:, None], cache, POSITIONS[row, at][:, None], at, prefix)
         np.testing.assert_allclose(y[:, 0], want[row, at], **CLOSE)
+
+
+def test_a_cache_needs_to_know_where_tokens_start(params):
+    cache = attention.Cache(jnp.zeros((B, T, G, C)), jnp.zeros((B, T, G, C)))
+    with pytest.raises(ValueError, match="at which slots the tokens start"):
+        mha.apply(params, X, LAYER, cache=cache)

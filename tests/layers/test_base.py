@@ -45,3 +45,11 @@ def test_rms_norm_by_hand(dtype):
     np.testing.assert_allclose(
         y.astype(jnp.float32), [[3 / 12.5**0.5, -8 / 12.5**0.5], [0, 0]], rtol=1e-2 if dtype == "bfloat16" else 1e-6
     )
+
+
+def test_tokens_of_refuses_what_would_be_taken_for_other_tokens():
+    x = np.ones((2, 3, 4), np.float32)
+    assert base.tokens_of(x, 4, 3).shape == (6, 4)
+    for wrong in (x[0], x[..., :2], x.astype(int)):
+        with pytest.raises(ValueError, match="3 axes, the last of them 4 wide, of floating point; got"):
+            base.tokens_of(wrong, 4, 3)

@@ -214,6 +214,14 @@ def test_modules_without_a_derivative_at_zero():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)) and not np.any(grads[0][2])
 
 
+def test_modules_without_parameters_have_no_surprise_of_their_own():
+    r = routing.given(jnp.asarray([[0], [1]]), jnp.ones((2, 1), bool), 2)
+    f = lambda _, x: jnp.sin(x)  # noqa: E731
+    d_tap = jax.grad(lambda t: jnp.sum(experts.routed(f, None, jnp.ones((2, 3)), r, t)))(tap.zeros(r))
+    np.testing.assert_allclose(d_tap.output[:, 0], 3)
+    assert not np.any(d_tap.param) and not np.any(d_tap.module)
+
+
 def test_neurons_are_refused():
     cfg = RouterConfig(E, 0, select="relu")
     neurons = jax.eval_shape(lambda: routing.route_all(Router(jnp.ones((E, D)), jnp.zeros(E)), X, cfg))

@@ -299,3 +299,11 @@ def test_logits_are_not_rounded_where_the_hardware_would(match):
     cfg = RouterConfig(modules=3, slots=1, match=match, cost="linear")
     text = logits_of.lower(init(jax.random.key(0), routing.spec(4, cfg)), jnp.ones((2, 4)), cfg).as_text()
     assert text.count("dot_general") == text.count("[HIGHEST, HIGHEST]") == 2
+
+
+def test_numbers_that_cannot_be_are_refused():
+    for numbers in ((0, 1), (4, -1), (4, 1, 0), (4, 1, 3)):
+        with pytest.raises(ValueError, match="modules"):
+            RouterConfig(*numbers)
+    with pytest.raises(ValueError, match=r"slots \(3\) must not exceed the modules of a group \(2\)"):
+        routing.spec(8, RouterConfig(4, 3, 2))

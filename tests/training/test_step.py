@@ -271,8 +271,9 @@ def test_a_bad_step_changes_nothing_but_the_counts(sars_step, poison):
         assert int(metrics["skipped"]) == n
     assert np.isfinite(metrics["main_loss"]) == ("root" in poison)
     after = copy(state)
-    assert int(after.step) == 3 and int(after.skipped) == 2
-    chex.assert_trees_all_equal(after.replace(step=before.step, skipped=before.skipped), before)
+    assert (int(after.step), int(after.skipped), int(after.skipped_total)) == (3, 2, 2)
+    counts = {name: getattr(before, name) for name in ("step", "skipped", "skipped_total")}
+    chex.assert_trees_all_equal(after.replace(**counts), before)
     state, metrics = step(state, BATCH)
     assert int(metrics["skipped"]) == 0  # consecutive ones are counted
     assert np.any(np.asarray(state.params["w_head"]) != before.params["w_head"])
@@ -343,3 +344,42 @@ def test_rebirth_resets_the_rows_of_its_own_layer_and_no_others():
     np.testing.assert_array_equal(new.ema["x"].q.router.proto[0], params["x"].q.router.proto[0])
     assert np.all(new.ema["q"].router.proto != params["q"].router.proto)
     jax.tree.map(np.testing.assert_array_equal, new.opt_state[1], state.opt_state[1])
+
+
+def test_every_skipped_step_counts_also_after_good_ones(sars_step):
+    tx, step = sars_step
+    state = start(sars(), tx)
+    found = []
+    for bad in (False, True, False, True, True, False):
+        state, metrics = step(state, BATCH | {"root": jnp.float32(np.nan if bad else 1.0)})
+        found.append((int(metrics["skipped"]), int(metrics["skipped_total"])))
+    assert found == [(0, 0), (1, 1), (0, 1), (1, 2), (2, 3), (0, 3)]
+
+
+def test_an_accuracy_of_nothing_is_left_out_of_the_average():
+    """A batch in which no token counts would otherwise stop protection, and with it learning, for good."""
+    loss_fn, tx = network(), make_optimizer(OPTIM, 10)
+
+    def counted(params, taps, batch):
+        loss, aux = loss_fn(params, taps, batch)
+        return loss, aux.replace(metrics=aux.metrics | {"main_acc": aux.metrics["main_acc"] + batch["nothing"]})
+
+    step, state = make_train_step(counted, msaps(), tx), start(msaps(), tx)
+    for nothing in (0.0, np.nan, 0.0):
+        state, metrics = step(state, BATCH | {"nothing": jnp.float32(nothing)})
+        assert metrics["ema_acc"] > 0 and metrics["skipped"] == 0
+
+
+def test_what_a_loss_function_must_return():
+    for wrong in (lambda *_: jnp.float32(0), lambda *_: (jnp.float32(0), {})):
+        with pytest.raises(TypeError, match=r"Aux\(routings, metrics\)"):
+            gradients(wrong, none(), parameters(), None, BATCH)
+
+
+def test_a_rule_may_measure_what_it_likes_of_each_layer():
+    """Its numbers are averaged over the layers that have them, and cannot stand in for the loss."""
+    tx = make_optimizer(OPTIM, 10)
+    found = {"layers": {"a": {"one": jnp.float32(1)}, "b": {"two": jnp.float32(2)}}}
+    rule = none()._replace(objective=lambda *_: (jnp.float32(0), found))
+    metrics = make_train_step(network(), rule, tx)(start(rule, tx), BATCH)[1]
+    assert (float(metrics["one"]), float(metrics["two"])) == (1, 2)

@@ -52,6 +52,17 @@ def in_order(batch: int, length: int, head_dim: int) -> Context:
     return context(jnp.broadcast_to(jnp.arange(length)[:, None], (batch, length, 1)), head_dim)
 
 
+def place(where: Context | None, cache: "Cache | None", batch: int, length: int, head_dim: int) -> Context:
+    """`where`, or in order.
+
+    Raises:
+        ValueError: there is a cache, and nothing says where in it the tokens stand.
+    """
+    if where is None and cache is not None:
+        raise ValueError("with a cache, `where` must say at which slots the tokens start: attention.context(positions, …, start)")
+    return in_order(batch, length, head_dim) if where is None else where
+
+
 def mask(where: Context, keys: int) -> Bool[Array, "B 1 T S"]:
     """Token t sees slot s when s is not after t's own slot, or lies in the prefix."""
     own = where.start[:, None] + jnp.arange(where.turn[0].shape[1])  # [B,T]
@@ -69,10 +80,11 @@ def attend(
     """Softmax attention of queries over rotated keys; query head i reads group i // (Q / G).
 
     With a cache the T keys and values are written at slots start…start+T-1 first, and attention runs over the whole cache.
+    They must fit: nothing notices start + T > S, where the last slots are written over.
     """
     q, k = rotary(q, where.turn), rotary(k, where.turn)
     if cache is not None:
-        write = jax.vmap(lambda into, new, at: jax.lax.dynamic_update_slice_in_dim(into, new, at, 0))
+        write = jax.vmap(lambda into, new, at: jax.lax.dynamic_update_slice_in_dim(into, new.astype(into.dtype), at, 0))
         cache = Cache(write(cache.keys, k, where.start), write(cache.values, v, where.start))
         k, v = cache.keys, cache.values
     fused = partial(_fused, fresh=cache is None) if cudnn_takes(q) else _masked

@@ -33,6 +33,18 @@ class Param:
             raise ValueError(f"shape {self.shape} and axes {self.axes} differ in length")
 
 
+def tokens_of(x: Float[Array, "*B D"], dim: int, axes: int) -> Float[Array, "N D"]:
+    """The tokens of x, one after the other.
+
+    Raises:
+        ValueError: x has another number of axes, is not `dim` wide, or is not of floating point.
+    """
+    x = jnp.asarray(x)
+    if x.ndim != axes or x.shape[-1] != dim or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"expected {axes} axes, the last of them {dim} wide, of floating point; got {x.dtype}{list(x.shape)}")
+    return x.reshape(-1, dim)
+
+
 def wrong_choices(config: Any) -> Iterator[str]:
     """For each field of a dataclass that holds none of its named choices (`Literal`), a line that says so."""
     for name, hint in get_type_hints(type(config)).items():

@@ -11,6 +11,7 @@ import flax.struct
 from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import experts, parallel, routing
+from tinyonn_jax.layers.base import tokens_of
 from tinyonn_jax.layers.tap import Tap
 
 
@@ -52,7 +53,7 @@ def apply(
     tap: Tap | None = None,
 ) -> tuple[Float[Array, "B T D"], routing.Routing]:
     """The layer on x; tokens where `valid` is false are not routed and give zero (or the shared experts' output)."""
-    tokens = x.reshape(-1, cfg.dim)
+    tokens = tokens_of(x, cfg.dim, 3)
     chosen = routing.route(params.router, tokens, cfg.router, None if valid is None else valid.reshape(-1))
     chosen = parallel.fit(chosen)
     y = experts.routed_mlp(params.modules, tokens, chosen, cfg.gated, tap)

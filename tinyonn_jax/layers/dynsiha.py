@@ -12,7 +12,8 @@ import flax.struct
 from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import attention, routing, spl
-from tinyonn_jax.layers.tap import NeuronTap
+from tinyonn_jax.layers.base import tokens_of
+from tinyonn_jax.layers.tap import NeuronTap, by_role
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,17 @@ def apply(
 
     `where` says who sees whom and where tokens stand; by default causal, in order. Taps go by role as well.
     """
+    tokens = tokens_of(x, cfg.dim, 3)
     b, t, d = x.shape
-    where = attention.in_order(b, t, d // cfg.heads) if where is None else where
+    where = attention.place(where, cache, b, t, d // cfg.heads)
+    taps = by_role(tap, ("q", "k", "v", "o") if params.o is not None else ("q", "k", "v"))
     flat = None if valid is None else valid.reshape(-1)
     routings: dict[str, routing.Routing] = {}
 
     def project(role: str, tokens: Float[Array, "N D"]) -> Float[Array, "N D"]:
-        role_tap = (tap or {}).get(role)
-        y, routings[role] = spl.apply(getattr(params, role), tokens, cfg.projection, valid=flat, tap=role_tap)
+        y, routings[role] = spl.apply(getattr(params, role), tokens, cfg.projection, valid=flat, tap=taps[role])
         return y
 
-    tokens = x.reshape(-1, d)
     q, k, v = (project(role, tokens).reshape(b, t, cfg.heads, -1) for role in "qkv")
     o, cache = attention.attend(q, k, v, where, cache)
     y = o.reshape(-1, d)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import attention, linear, routing
 from tinyonn_jax.layers import tap as taps
-from tinyonn_jax.layers.base import Param, fan_in
+from tinyonn_jax.layers.base import Param, fan_in, tokens_of
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ def apply(
 
     `where` says who sees whom and where tokens stand; by default causal, in order. Tokens where `valid` is false are not routed.
     """
+    tokens = tokens_of(x, cfg.dim, 3)
     b, t, _ = x.shape
-    where = attention.in_order(b, t, cfg.head_dim) if where is None else where
-    tokens = x.reshape(-1, cfg.dim)
+    where = attention.place(where, cache, b, t, cfg.head_dim)
     chosen = routing.route(params.router, tokens, cfg.router, None if valid is None else valid.reshape(-1))
 
     q = linear.project(tokens, params.modules.w_q.astype(x.dtype), chosen, tap).reshape(b, t, -1, cfg.head_dim)

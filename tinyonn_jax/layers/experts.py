@@ -92,9 +92,11 @@ Module = Callable[[Any, Array], Array]
 def routed(f: Module, params: Any, x: Float[Array, "N D"], routing: Routing, tap: taps.Tap | None = None) -> Float[Array, "N D"]:
     """The same sum for any module function `f(params_m, x [N,D]) -> [N,D]` that treats tokens independently.
 
-    `params` has a leading module axis M on every leaf; what `f` closes over gets no gradient. A module sees its own
-    tokens only. The backward rule is the explicit per-module vjp. Per-token parameter norms come from one vjp per
-    token and module, taken one token at a time: exact, and slow for large modules.
+    `params` has a leading module axis M on every leaf. What `f` closes over must be constant: a traced value, such as a key that
+    a scan hands out, goes in as one of `params`. A module sees its own tokens only, in some batch of some size: what it gives for
+    a token must not depend on its place there, as dropout drawn for the whole batch does. The backward rule is the explicit
+    per-module vjp. Per-token parameter norms come from one vjp per token and module, taken one token at a time: exact, and slow
+    for large modules.
 
     Raises:
         ValueError: the routing is that of neurons (`routing.route_all`).
@@ -158,7 +160,7 @@ def _routed_bwd(f, saved, g):
         output=jnp.square(weight) * norm,
         attribution=jnp.square(weight * d_weight),
         param=jnp.where(routing.active, jnp.take_along_axis(per_token, routing.slots, -1), 0),
-        module=jax.vmap(_squared)(d_params),
+        module=jax.vmap(lambda d, _: _squared(d))(d_params, tap.module),  # there may be no parameters
     )
     return d_params, d_x.sum(0), d_weight, None, d_tap
 

@@ -128,13 +128,14 @@ def _dense_merge_bwd(saved, g):
     d_w = jnp.matmul(_weighed(x, weight, hit).T, g, preferred_element_type=jnp.float32).reshape(w.shape)
     d_rows = _pick((g @ w.reshape(-1, w.shape[2]).T).reshape(x.shape[0], w.shape[0], -1), hit)  # dL/d(weight · x)
     d_x = d_rows * weight[..., None].astype(g.dtype)
-    d_weight = jnp.sum((d_rows * x).astype(jnp.float32), -1)
+    d_weight = jnp.sum((d_rows * x).astype(jnp.float32), -1).astype(weight.dtype)
     if tap is None:
         return d_x, d_w.astype(w.dtype), d_weight, None, None
+    weight = weight.astype(jnp.float32)
     output = jnp.square(weight) * squares(g)[:, None]
     param = jnp.where(_active(hit), output * squares(x), 0)
-    d_tap = taps.Tap(output, jnp.square(weight * d_weight), param, module_norms(True, d_w))
-    return d_x, d_w.astype(w.dtype), d_weight, None, d_tap
+    attribution = jnp.square(weight * d_weight.astype(jnp.float32))
+    return d_x, d_w.astype(w.dtype), d_weight, None, taps.Tap(output, attribution, param, module_norms(True, d_w))
 
 
 _dense_merge.defvjp(_dense_merge_fwd, _dense_merge_bwd)

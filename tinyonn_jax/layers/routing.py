@@ -30,7 +30,7 @@ class RouterConfig:
     `isolate`: the main loss teaches modules only, never the router (seed 4).
 
     Raises:
-        ValueError: groups do not divide modules, or a choice that is none.
+        ValueError: groups do not divide modules, a number is too small, or a choice is none.
     """
 
     modules: int
@@ -44,6 +44,8 @@ class RouterConfig:
     isolate: bool = True
 
     def __post_init__(self):
+        if self.modules < 1 or self.groups < 1 or self.slots < 0:
+            raise ValueError(f"modules and groups must be at least 1, slots at least 0; got {self}")
         if self.modules % self.groups:
             raise ValueError(f"groups must divide modules; got {self.modules} modules in {self.groups} groups")
         for wrong in wrong_choices(self):
@@ -142,7 +144,13 @@ def effective(router: Router) -> Router:
 
 
 def spec(dim: int, cfg: RouterConfig) -> Router:
-    """Prototypes from N(0, 0.02²), gates zero."""
+    """Prototypes from N(0, 0.02²), gates zero.
+
+    Raises:
+        ValueError: more slots in a group than it has modules.
+    """
+    if cfg.slots_per_group > cfg.per_group:
+        raise ValueError(f"slots ({cfg.slots}) must not exceed the modules of a group ({cfg.per_group})")
     gate = ((cfg.modules, dim), ("modules", "embed")) if cfg.cost == "linear" else ((cfg.modules,), ("modules",))
     return Router(proto=Param((cfg.modules, dim), ("modules", "embed"), normal(0.02)), gate=Param(*gate, zeros))
 
@@ -236,7 +244,7 @@ def _decide_by(router: Router, x: Float[Array, "N D"], cfg: RouterConfig) -> Flo
 
 def route(router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: Bool[Array, " N"] | None = None) -> Routing:
     """Match, cost, select. With `cfg.isolate` the decision is cut from the main loss, towards the router and towards x."""
-    valid = jnp.ones(x.shape[0], bool) if valid is None else valid
+    valid = jnp.ones(x.shape[0], bool) if valid is None else valid.astype(bool)
     logits = _decide_by(router, x, cfg)
     index, weight, active, unrouted = checkpoint_name(select(logits, cfg), "routing")
     active = active & valid[:, None]
@@ -268,7 +276,7 @@ def route_all(router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: 
     """
     if cfg.select not in ("relu", "hard"):
         raise ValueError(f"neurons are selected by relu or hard, not by {cfg.select}")
-    valid = jnp.ones(x.shape[0], bool) if valid is None else valid
+    valid = jnp.ones(x.shape[0], bool) if valid is None else valid.astype(bool)
     logits = _decide_by(router, x, cfg)
     active = checkpoint_name(logits > 0, "routing") & valid[:, None]
     weight = jnp.where(active, logits if cfg.select == "relu" else 1.0, 0.0)

@@ -8,7 +8,9 @@ squared norms scale by c².
 Letters: N tokens, K slots, M modules, D model. Source: seed 1 (section 3), seed 3; per-token norms after Goodfellow (2015).
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -51,6 +53,19 @@ Taps = dict[str, Tap | NeuronTap]
 """By the name of their layer, or by role within it."""
 
 
+def by_role(taps: Any, roles: Sequence[str]) -> dict[str, Any]:
+    """The taps of a layer's roles; None for each without any.
+
+    Raises:
+        ValueError: taps of other roles, of which nothing would be measured.
+    """
+    if not taps:
+        return dict.fromkeys(roles)
+    if set(taps) != set(roles):
+        raise ValueError(f"taps of this layer go by role, {', '.join(roles)}; got {', '.join(map(str, taps))}")
+    return taps
+
+
 def zeros(routing: Routing) -> Tap | NeuronTap:
     """The tap that fits a routing (or its `jax.eval_shape`), recursions or layers leading as they do there."""
     slots, modules = routing.weight.shape, routing.logits.shape[:-2] + routing.logits.shape[-1:]
@@ -85,7 +100,8 @@ def _tapped_combine_bwd(saved, g):
     d_outputs = g[:, None, :] * weight[..., None].astype(g.dtype)
     d_weight = jnp.einsum("nkd,nd->nk", outputs, g, preferred_element_type=jnp.float32)
     norm = jnp.sum(jnp.square(g.astype(jnp.float32)), -1, keepdims=True)  # [N,1]
-    return d_outputs, d_weight, jnp.square(weight) * norm, jnp.square(weight * d_weight)
+    output, attribution = jnp.square(weight) * norm, jnp.square(weight * d_weight)
+    return d_outputs, d_weight.astype(weight.dtype), output.astype(jnp.float32), attribution.astype(jnp.float32)
 
 
 _tapped_combine.defvjp(_tapped_combine_fwd, _tapped_combine_bwd)

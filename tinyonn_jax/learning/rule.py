@@ -192,7 +192,8 @@ def record(meta: MetaState, routings: Routings, signals: dict[str, Signals], met
     records = {}
     for name, total in meta.records.items():
         records[name] = total + pooled(served(routings[name]), total)
-    accuracy = metrics.get("main_acc", meta.accuracy)
+    accuracy = jnp.asarray(metrics.get("main_acc", meta.accuracy))
+    accuracy = jnp.where(jnp.isfinite(accuracy), accuracy, meta.accuracy)  # of a batch in which nothing counts
     prior = {name: variational.follow(old, routings[name], decay) for name, old in meta.prior.items()}
     return replace(meta, records=records, prior=prior, accuracy=decay * meta.accuracy + (1 - decay) * accuracy)
 

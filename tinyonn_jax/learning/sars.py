@@ -112,7 +112,7 @@ def sars(
     sign = -1.0 if prior_sign == "bayes" else 1.0
 
     def objective(routers, routings, signals, meta):
-        losses, shares, per_layer = [], [], {}
+        losses, shares, uneven, per_layer = [], [], [], {}
         for name, routing in routings.items():
             proto = routers[name].proto
             good = goodness(routing, signals[name], granularity, neuron_cost)
@@ -123,7 +123,7 @@ def sars(
             losses.append(mean_over_tokens(entropy(prior).mean(-1), routing))  # entropy [*R,N,G]
             shares.append(losses[-1] / jnp.log(max(routing.config.per_group, 2)))
             if balance:
-                losses[-1] += balance * imbalance(_competing(logits, routing) + sign * laid, routing, proto)
+                uneven.append(imbalance(_competing(logits, routing) + sign * laid, routing, proto))
             tokens = pooled(jnp.sum(routing.valid, -1, keepdims=True), proto[..., 0])
             modules = routing.config.modules
             gains, loses = (mean_over_tokens(jnp.sum(v, -1) / modules, routing) for v in (good > 0, good < 0))
@@ -133,11 +133,9 @@ def sars(
                 "idle_share": 1 - gains - loses,
                 "goodness": _totals(laid, routing, proto) / jnp.maximum(tokens, 1),
             }
-        count = max(len(losses), 1)
-        return sum(losses, jnp.float32(0)) / count, {
-            "entropy_share": sum(shares, jnp.float32(0)) / count,
-            "layers": per_layer,
-        }
+        mean = lambda values: sum(values, jnp.float32(0)) / max(len(values), 1)  # noqa: E731
+        found = {"entropy_share": mean(shares), "layers": per_layer} | ({"loss_balance": mean(uneven)} if balance else {})
+        return mean(losses) + balance * mean(uneven), found
 
     def adjust(grads, params, routings, signals, meta):
         if not goodness_gate:

@@ -271,10 +271,11 @@ def _snapshot(routing: Routing, layer: str, what: str) -> np.ndarray | None:
 
 
 def _verdicts(routing: Routing, layer: str, modules: int) -> list[tuple[np.ndarray, str, str, str]]:
-    """Masks over modules, each with label, colour and marker: good or bad, used where goodness is zero or unknown, inactive."""
-    goodness, usage = _snapshot(routing, layer, "goodness"), _snapshot(routing, layer, "usage")
+    """Masks over modules, each with label, colour and marker: good or bad, used where goodness is zero or unknown, inactive, all in
+    the last step that was saved."""
+    goodness, load = _snapshot(routing, layer, "goodness"), _snapshot(routing, layer, "load")
     goodness = np.zeros(modules) if goodness is None else np.nan_to_num(goodness)
-    used = np.ones(modules, bool) if usage is None else np.nan_to_num(usage) > 0
+    used = np.ones(modules, bool) if load is None else np.nan_to_num(load) > 0
     verdicts = [
         (goodness > 0, "good", GREEN, "o"),
         (goodness < 0, "bad", RED, "D"),

@@ -180,14 +180,17 @@ def routing_snapshot(state: TrainState, metrics: dict[str, Any]) -> dict[str, np
     """What `routing_latest.npz` holds of every routed layer (of stacked blocks, the last).
 
     `{layer}.proto [M,D]`; `{layer}.goodness [M]`, mean over the step's tokens, 0 where the rule measures none;
-    `{layer}.usage [M]`, each module's share of all slots served so far. Every process must call it.
+    `{layer}.load [M]`, each module's share of the slots in that step; `{layer}.usage [M]`, of all slots served so far. Every
+    process must call it.
     """
     snapshot: dict[str, np.ndarray] = {}
     for name, layer in layers(state.params).items():
         proto, used = _fetch(layer.router.proto), _fetch(state.meta.records[name])
-        goodness = np.asarray(metrics["layers"][name].get("goodness", np.zeros(used.shape)))
+        found = metrics["layers"][name]
+        goodness = np.asarray(found.get("goodness", np.zeros(used.shape)))
         proto, used, goodness = (a[-1] if proto.ndim == 3 else a for a in (proto, used, goodness))
         snapshot |= {f"{name}.proto": proto, f"{name}.goodness": goodness, f"{name}.usage": used / max(used.sum(), 1)}
+        snapshot[f"{name}.load"] = np.asarray(found["load"])
     return snapshot
 
 

@@ -14,7 +14,7 @@ from tinyonn_jax.learning.rule import MetaState
 @flax.struct.dataclass
 class TrainState:
     """`step` done so far; `params` and their moving average `ema`; both optimizers' `opt_state`; `meta` of the learning rule;
-    `rng` key data; `skipped`: consecutive steps skipped for a non-finite loss or gradient."""
+    `rng` key data; `skipped`: consecutive steps skipped for a non-finite loss or gradient, `skipped_total` all of them."""
 
     step: Int[Array, ""]
     params: Any
@@ -23,6 +23,7 @@ class TrainState:
     ema: Any
     rng: Array
     skipped: Int[Array, ""]
+    skipped_total: Int[Array, ""]
 
     @classmethod
     def create(cls, params: Any, tx: optax.GradientTransformation, meta: MetaState, seed: int = 0) -> "TrainState":
@@ -35,4 +36,5 @@ class TrainState:
             ema=jax.tree.map(jnp.copy, params),
             rng=jax.random.key_data(jax.random.key(seed)),
             skipped=jnp.int32(0),
+            skipped_total=jnp.int32(0),
         )

@@ -46,9 +46,13 @@ def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: MetaState,
     Returns (grads, routings, signals, metrics).
 
     Raises:
+        TypeError: the loss function returned something else.
         ValueError: the names of the routings are not those of the routed layers in `params`.
     """
-    _, shapes = jax.eval_shape(loss_fn, params, None, batch)
+    returned = jax.eval_shape(loss_fn, params, None, batch)
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Aux)):
+        raise TypeError(f"loss_fn must return (loss, Aux(routings, metrics)), not {type(returned).__name__}")
+    shapes = returned[1]
     if set(shapes.routings) != set(layers(params)):
         raise ValueError(
             f"loss_fn returned routings {sorted(shapes.routings)}, but the routed layers are {sorted(layers(params))}"
@@ -64,9 +68,9 @@ def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: MetaState,
     grads = rule.adjust(grads, params, aux.routings, signals, meta)
 
     metrics = {
+        **aux.metrics,
         "main_loss": loss,
         "meta_loss": meta_loss,
-        **aux.metrics,
         **_routing_metrics(params, aux.routings, signals, rule_metrics, meta),
     }
     if aux.routings:
@@ -91,8 +95,12 @@ def _routing_metrics(params: Any, routings: Any, signals: Any, rule_metrics: Any
     }
     if not found:
         return rule_metrics
-    scalars = [key for key, value in next(iter(found.values())).items() if jnp.ndim(value) == 0]
-    return {**rule_metrics, **{k: surprise.average([m[k] for m in found.values()]) for k in scalars}, "layers": found}
+    scalars: dict[str, list[Array]] = {}
+    for layer in found.values():
+        for key, value in layer.items():
+            if jnp.ndim(value) == 0:
+                scalars.setdefault(key, []).append(value)
+    return {**rule_metrics, **{key: surprise.average(values) for key, values in scalars.items()}, "layers": found}
 
 
 def _renewed(renew: Callable, state: TrainState) -> TrainState:
@@ -148,13 +156,14 @@ def make_train_step(
             meta=rule.update(state.meta, routings, signals, metrics),
             ema=jax.tree.map(lambda old, p: decay * old + (1 - decay) * p, state.ema, params),
             skipped=jnp.int32(0),
+            skipped_total=state.skipped_total,
         )
         if rule.renew is not None:
             new = _renewed(rule.renew, new)
         # Each summed by itself: a difference of two sums would drown a small norm in the rounding of a large one.
         norm_main, norm_meta = _norm(without_routers(grads)), _norm(routers(grads))
         finite = jnp.isfinite(metrics["main_loss"]) & jnp.isfinite(norm_main) & jnp.isfinite(norm_meta)
-        kept = replace(state, step=state.step + 1, skipped=state.skipped + 1)
+        kept = replace(state, step=state.step + 1, skipped=state.skipped + 1, skipped_total=state.skipped_total + 1)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
         if "tau" in metrics:
             metrics["pi"] = predictive_integrity(metrics["main_loss"], metrics["tau"], metrics.get("surprise_output", 0.0), *pi)
@@ -163,6 +172,7 @@ def make_train_step(
             "grad_norm_meta": norm_meta,
             "ema_acc": new.meta.accuracy,
             "skipped": new.skipped,
+            "skipped_total": new.skipped_total,
         }
         return new, metrics
 
