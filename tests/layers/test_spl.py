@@ -189,7 +189,7 @@ def test_moie_is_two_spls():
     np.testing.assert_array_equal(y[0], expected)
     assert set(routings) == {"first", "second"}
     assert routings["first"].logits.shape == (N, 9) and routings["second"].logits.shape == (N, INPUTS)
-    with pytest.raises(ValueError, match="by role, first, second; got ff.first"):  # nothing would be measured
+    with pytest.raises(ValueError, match=r"by role, first, second; got ff\.first"):  # nothing would be measured
         moie.apply(params, X[None], cfg, tap={"ff.first": tap.zeros(routings["first"])})
 
 

@@ -64,7 +64,8 @@ def routing(experts: int = 8, heads: int = 16, dim: int = 24) -> dict[str, np.nd
     for name, modules in (("attention", heads), ("feedforward", experts)):
         goodness, usage = rng.normal(0, 1, modules), rng.dirichlet(np.ones(modules) * 2)
         goodness[1] = usage[1] = 0
-        out |= {f"{name}.proto": rng.normal(size=(modules, dim)), f"{name}.goodness": goodness, f"{name}.usage": usage * 2, f"{name}.load": usage}
+        out |= {f"{name}.proto": rng.normal(size=(modules, dim)), f"{name}.goodness": goodness, f"{name}.usage": usage * 2}
+        out[f"{name}.load"] = usage
     return {key: value.astype(np.float32) for key, value in out.items()}
 
 

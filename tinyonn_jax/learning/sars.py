@@ -73,6 +73,10 @@ def _totals(values: Float[Array, "*R N G P"], routing: Routing, proto: Float[Arr
     return pooled(total.reshape(*total.shape[:-2], -1), proto[..., 0])
 
 
+def _mean(values: list[Array]) -> Array:
+    return sum(values, jnp.float32(0)) / max(len(values), 1)
+
+
 def imbalance(prior: Float[Array, "*R N G P"], routing: Routing, proto: Float[Array, "*L M D"]) -> Float[Array, ""]:
     """P Σ_m load_m p_m, a mean over groups; load: m's share of the slots in use, p: of the mean softmax(prior). 1 when even.
 
@@ -106,8 +110,8 @@ def sars(
     """The SARS learning rule.
 
     `prior_sign`: bayes subtracts goodness, as derived; reinforce adds it, so good modules gain. `goodness_gate`: a module's main
-    gradient is applied, and the module moves, only where its mean goodness is positive. `neuron_cost`: see `goodness`. `balance` weighs `imbalance`.
-    `centre`: the entropy, not the balance, is of `centred` logits.
+    gradient is applied, and the module moves, only where its mean goodness is positive. `neuron_cost`: see `goodness`. `balance`
+    weighs `imbalance`. `centre`: the entropy, not the balance, is of `centred` logits.
     """
     sign = -1.0 if prior_sign == "bayes" else 1.0
 
@@ -133,9 +137,8 @@ def sars(
                 "idle_share": 1 - gains - loses,
                 "goodness": _totals(laid, routing, proto) / jnp.maximum(tokens, 1),
             }
-        mean = lambda values: sum(values, jnp.float32(0)) / max(len(values), 1)  # noqa: E731
-        found = {"entropy_share": mean(shares), "layers": per_layer} | ({"loss_balance": mean(uneven)} if balance else {})
-        return mean(losses) + balance * mean(uneven), found
+        found = {"entropy_share": _mean(shares), "layers": per_layer} | ({"loss_balance": _mean(uneven)} if balance else {})
+        return _mean(losses) + balance * _mean(uneven), found
 
     def adjust(grads, params, routings, signals, meta):
         if not goodness_gate:

@@ -271,8 +271,8 @@ def _snapshot(routing: Routing, layer: str, what: str) -> np.ndarray | None:
 
 
 def _verdicts(routing: Routing, layer: str, modules: int) -> list[tuple[np.ndarray, str, str, str]]:
-    """Masks over modules, each with label, colour and marker: good or bad, used where goodness is zero or unknown, inactive, all in
-    the last step that was saved."""
+    """Masks over modules in the last step saved, each with label, colour and marker: good or bad, used where goodness is zero or
+    unknown, inactive."""
     goodness, load = _snapshot(routing, layer, "goodness"), _snapshot(routing, layer, "load")
     goodness = np.zeros(modules) if goodness is None else np.nan_to_num(goodness)
     used = np.ones(modules, bool) if load is None else np.nan_to_num(load) > 0

@@ -105,7 +105,8 @@ def _put(y, out, start, own):
 def _started(batched, sizes, pairs):
     """What the loop starts from and how many rows of every module are done: a batched matmul's where the load is even.
 
-    `batched(row, place)` is told the row at each place of every module `[M,R]` and the place of each row, of M·R; past the end: none.
+    `batched(row, place)` is told the row at each place of every module `[M,R]` and the place of each row, of M·R; past the end:
+    none.
     """
     room = _room(pairs, sizes.shape[0])
     lane, start = jnp.arange(room), jnp.cumsum(sizes) - sizes
