@@ -24,7 +24,7 @@ from tinyonn_jax.training import assemble  # noqa: E402
 
 def train(args: cli.Train) -> None:
     cli.set_up(args.compilation_cache, args.distributed)
-    runs.train(runs.begin(args.workdir, args.config, args.preset, cli.again()), STARTED)
+    runs.train(runs.begin(args.workdir, args.config, args.preset, cli.again()), STARTED, args.profile)
 
 
 def learn_continually(args: cli.Continual) -> None:

@@ -46,8 +46,14 @@ class Train:
     workdir: Workdir
     config: Annotated[Config, Flat]
     preset: From = "demo"
+    profile: int = 0
+    """Steps to trace with JAX's profiler, after the first ten, into the run folder's `profile` (for TensorBoard, Perfetto)."""
     compilation_cache: Cached = True
     distributed: Distributed = False
+
+    def __post_init__(self):
+        if self.profile < 0:
+            raise ConfigError(f"profile must not be negative, got {self.profile}")
 
 
 NETWORKS = (

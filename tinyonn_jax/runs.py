@@ -43,6 +43,7 @@ from tinyonn_jax.observe.writers import MetricsWriter
 from tinyonn_jax.training import assemble, loop, sharding
 from tinyonn_jax.training.checkpoint import Checkpoints, meet, restore_params
 from tinyonn_jax.training.state import TrainState
+from tinyonn_jax.training.step import Step
 
 CONFIG, TASKS, ORIGIN, PARAMETERS = "config.json", "tasks.json", "run.json", "parameters.json"
 ROUTING, CHECKPOINTS, LOCK = "routing_latest.npz", "checkpoints", ".lock"
@@ -126,8 +127,10 @@ def begin(folder: Path, config: Config, preset: str, command: str = "") -> Run:
     return Run(folder, config, sets)
 
 
-def train(run: Run, started: float | None = None) -> None:
+def train(run: Run, started: float | None = None, profile: int = 0) -> None:
     """Trains to the last step of the configuration, going on from the newest checkpoint; says what it does on the way.
+
+    `profile` steps after the first ten are traced.
 
     Raises:
         InterruptedRun, DivergedError, CheckpointError: see `loop.run`.
@@ -135,7 +138,7 @@ def train(run: Run, started: float | None = None) -> None:
         DataError: no sequence fits.
     """
     with _alone(run.folder):
-        _train(run, started)
+        _train(run, started, profile)
 
 
 @contextlib.contextmanager
@@ -160,7 +163,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _train(run: Run, started: float | None) -> None:
+def _train(run: Run, started: float | None, profile: int) -> None:
     folder, config, sets = run.folder, run.config, run.sets
     mesh = sharding.make_mesh(config.mesh)
     process, feeding = jax.process_index(), sharding.feeding(mesh)
@@ -211,7 +214,7 @@ def _train(run: Run, started: float | None) -> None:
             if config.data.sequence and not done and validate is not None:
                 writer.write(0, validate(state))  # what forward transfer is measured against
             loop.run(
-                program.step,
+                _traced(program.step, profile, folder / "profile", say) if profile else program.step,
                 state,
                 batches,
                 schedule,
@@ -227,6 +230,25 @@ def _train(run: Run, started: float | None) -> None:
                 started=started,
             )
     say(f"{steps} of {steps} steps done; {_next(folder)}")
+
+
+def _traced(step: Step, count: int, folder: Path, say: Callable[[str], None], after: int = 10) -> Step:
+    """The step, of which so many calls are traced once others have compiled."""
+    calls = 0
+
+    def traced(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        nonlocal calls
+        calls += 1
+        if calls == after + 1:
+            jax.profiler.start_trace(folder)
+        out = step(state, batch)
+        if calls == after + count:
+            jax.block_until_ready(out)
+            jax.profiler.stop_trace()
+            say(f"traced {count} steps into {folder}: for TensorBoard's profiler, or trace.json.gz for ui.perfetto.dev")
+        return out
+
+    return traced
 
 
 class _Course(NamedTuple):

@@ -111,6 +111,15 @@ def test_train_says_what_it_does_and_leaves_what_it_should(first):
     assert json.loads((folder / "run.json").read_text())["preset"] == "smoke"
 
 
+def test_profile_traces_as_many_steps_as_it_is_asked_for(tmp_path):
+    said, state = [], 0
+    step = runs._traced(lambda state, batch: (state + 1, {}), 2, tmp_path, said.append)
+    for calls in range(1, 16):
+        state, _ = step(state, None)
+        assert len(said) == (calls >= 12)
+    assert state == 15 and "traced 2 steps" in said[0] and len(list(tmp_path.rglob("*.trace.json.gz"))) == 1
+
+
 def test_a_folder_that_another_process_trains_into_is_refused(copy, monkeypatch, capsys):
     hold = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold, copy / ".lock"], stdout=subprocess.PIPE) as other:

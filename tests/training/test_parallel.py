@@ -149,6 +149,7 @@ def test_a_run_goes_on_with_the_same_losses_on_fewer_devices_and_on_more(written
     command = [sys.executable, "-c", SIXTEEN, str(folder)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for losses in (goes_on(folder, MeshConfig(1)), [float(x) for x in done.stdout.split("losses")[1].split()]):
+    fewer = [goes_on(folder, MeshConfig(*shape)) for shape in ((1, 1, 1), (1, 2, 1), (2, 1, 2))]
+    for losses in (*fewer, [float(x) for x in done.stdout.split("losses")[1].split()]):
         assert len(losses) == STEPS // 2
         np.testing.assert_allclose(losses, want, rtol=0, atol=1e-5)

@@ -47,12 +47,11 @@ def start_two(folder: Path, command: tuple[str, ...], port: int) -> list[subproc
     return [start(folder, command, "--distributed", **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]
 
 
-def train_two(folder: Path, port: int, step: int) -> list[subprocess.Popen[str]]:
-    """Two processes that train together, once they have reached a step."""
-    pair = start_two(folder, TRAIN, port)
-    while max(losses(folder), default=0) < step and all(p.poll() is None for p in pair):
+def reach(folder: Path, step: int, programs: list[subprocess.Popen[str]]) -> list[subprocess.Popen[str]]:
+    """The programs that train together, once they have reached a step."""
+    while max(losses(folder), default=0) < step and all(p.poll() is None for p in programs):
         time.sleep(0.05)
-    return pair
+    return programs
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +63,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_killed_process_ends_the_other_soon_and_with_a_clear_line(tmp_path, unused_port):
-    pair = train_two(tmp_path, unused_port, 1)
+    pair = reach(tmp_path, 1, start_two(tmp_path, TRAIN, unused_port))
     pair[1].kill()
     killed = time.monotonic()
     pair[1].communicate()
@@ -73,19 +72,28 @@ def test_a_killed_process_ends_the_other_soon_and_with_a_clear_line(tmp_path, un
     assert "error: this process failed, or lost another one of the run (" in err and "Traceback" not in err
 
 
-def test_two_processes_train_as_one_stop_together_and_one_goes_on(reference, tmp_path, unused_port):
-    pair = train_two(tmp_path / "two", unused_port, 15)
+def test_two_processes_train_as_one_and_either_goes_on_from_the_other(reference, tmp_path, unused_port):
+    """Two, then one, then two: the losses of one."""
+    folder = tmp_path / "run"
+    pair = reach(folder, 15, start_two(folder, TRAIN, unused_port))
     pair[1].send_signal(signal.SIGTERM)  # one of them: both save, at the same step
     said = [finish(program, 128 + signal.SIGTERM) for program in pair]
     saved = {line for out in said for line in out.splitlines() if "resume with" in line}
-    stopped = max(losses(tmp_path / "two"))
+    stopped = max(losses(folder))
     assert len({line.split(";")[0] for line in saved}) == 1 and 15 <= stopped < 50
-    assert (tmp_path / "two" / "checkpoints" / str(stopped)).is_dir()
+    assert (folder / "checkpoints" / str(stopped)).is_dir()
 
-    assert f"going on from step {stopped}" in finish(start(tmp_path / "two", TRAIN), 0)
-    got, want = losses(tmp_path / "two"), losses(reference)
-    assert got.keys() == want.keys() and max(got) == 50
-    np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=0, atol=1e-6)
+    (alone,) = reach(folder, 30, [start(folder, TRAIN)])
+    alone.send_signal(signal.SIGTERM)
+    assert f"going on from step {stopped}" in finish(alone, 128 + signal.SIGTERM)
+    stopped = max(int(step.name) for step in (folder / "checkpoints").iterdir() if step.name.isdigit())
+    assert 30 <= stopped < 50
+
+    said = [finish(program, 0) for program in start_two(folder, TRAIN, unused_port)]
+    assert f"going on from step {stopped}" in said[0]
+    got, want = losses(folder), losses(reference)
+    assert got.keys() >= want.keys() and max(got) == 50
+    np.testing.assert_allclose([got[step] for step in want], list(want.values()), rtol=0, atol=1e-6)
 
 
 def test_two_processes_share_an_evaluation_and_the_first_writes_the_score_of_one(reference, tmp_path, unused_port):

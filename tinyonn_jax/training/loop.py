@@ -176,7 +176,8 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[list[int]]:
         received.append(signum)
         for each in handled:
             signal.signal(each, signal.SIG_DFL)
-        say(f"{signal.Signals(signum).name}: saving after this step; once more to stop at once")
+        when = "after this step" if jax.process_count() == 1 else "at the next step that is logged"
+        say(f"{signal.Signals(signum).name}: saving {when}; once more to stop at once")
 
     handled = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(each, note) for each in handled]
