@@ -90,7 +90,8 @@ def test_modules_of_stacked_blocks_are_told_apart():
     tap = Tap(*[jnp.ones((2, 2, 1))] * 3, jnp.ones((2, 4)))
     found = signals.summary(both, signals.read({"a": tap}, {"a": both})["a"], jnp.zeros((2, 4)))
     assert (int(found["dead_modules"]), float(found["usage_entropy"]), float(found["max_load"])) == (4, 0.5, 2)
-    np.testing.assert_allclose(found["load"], [0.25] * 4)
+    np.testing.assert_allclose(found["load"], [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
+    np.testing.assert_allclose(found["active_share_by_block"], [0.25, 0.25])
 
 
 def test_recursions_lead_and_are_pooled_in_the_summary():

@@ -24,6 +24,8 @@ def test_loads_pad_modules_that_joined_later():
     assert steps.tolist() == [10, 40]
     assert table.tolist() == [[1, 0, 0], [0.5, 0, 0.5]]
     assert loads([], "feedforward")[1].shape == (0, 0)
+    stacked = [{"step": 1, "layers": {"a": {"load": [[1.0, 0.0], [0.25, 0.75]]}}}]
+    assert loads(stacked, "a")[1].tolist() == [[0.25, 0.75]]  # the last block
 
 
 def test_layer_names_and_latest():

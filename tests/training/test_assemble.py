@@ -108,9 +108,10 @@ def test_a_snapshot_of_stacked_blocks_is_of_the_last():
     proto, use, good = (np.arange(2.0 * n).reshape(2, *shape) for n, shape in ((12, (4, 3)), (4, (4,)), (4, (4,))))
     state = mock.Mock(params={"a": dynmoe.Params(Router(jnp.asarray(proto), jnp.asarray(use)), None, None)})
     state.meta.records = {"a": jnp.asarray(use)}
-    found = assemble.routing_snapshot(state, {"layers": {"a": {"goodness": jnp.asarray(good)}}})
+    found = assemble.routing_snapshot(state, {"layers": {"a": {"goodness": jnp.asarray(good), "load": jnp.asarray(use)}}})
     np.testing.assert_array_equal(found["a.proto"], proto[1])
     np.testing.assert_array_equal(found["a.goodness"], good[1])
+    np.testing.assert_array_equal(found["a.load"], use[1])
     np.testing.assert_allclose(found["a.usage"], use[1] / use[1].sum(), rtol=1e-6)
 
 

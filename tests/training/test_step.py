@@ -324,6 +324,22 @@ def test_eight_devices_give_the_gradients_and_signals_of_one(cfg, rule):
     assert float(one[2]["meta_loss"]) == pytest.approx(float(many[2]["meta_loss"]), rel=1e-6)
 
 
+@pytest.mark.parametrize("rule", [sars(), msaps()], ids=["sars", "msaps"])
+def test_stacked_blocks_are_measured_one_by_one(rule):
+    cfg = tiny.config("dfc", recursed=False)
+    loss_fn, params, batch = make_loss(Config(model=cfg), rule), tiny.params(cfg), tiny.batch(4)
+    meta = rule.init(params, jax.eval_shape(loss_fn, params, None, batch)[1].routings)
+    _, routings, _, metrics = jax.jit(lambda p, b: gradients(loss_fn, rule, p, meta, b))(params, batch)
+    for name, layer in metrics["layers"].items():
+        valid, active = np.asarray(routings[name].valid), np.asarray(routings[name].active)
+        share = active.sum((-2, -1)) / valid.sum(-1) / active.shape[-1]
+        np.testing.assert_allclose(layer["active_share_by_block"], share, rtol=1e-5)
+        assert layer["load"].shape == (cfg.depth, active.shape[-1])
+        for what in ("good_share", "bad_share"):
+            assert float(layer[what]) == pytest.approx(float(layer[f"{what}_by_block"].mean()), rel=1e-5)
+        assert float(layer["kl"]) == pytest.approx(float(layer["kl_by_block"].sum()), rel=1e-5)
+
+
 class Two(NamedTuple):
     q: Any
     other: Any

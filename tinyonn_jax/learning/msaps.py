@@ -119,10 +119,10 @@ def msaps(
             shaped = shape_layer(routers[name], routing, signals[name])
             proto, gate = proto + shaped["proto"], gate + shaped["gate"]
             rounds = shaped["sign"].size // routers[name].proto[..., 0].size  # recursions that share the router
-            per_layer[name] = {
-                "good_share": jnp.mean(shaped["sign"] < 0),
-                "bad_share": jnp.mean(shaped["sign"] > 0),
-                "idle_share": jnp.mean(shaped["sign"] == 0),
+            found = {"good_share": shaped["sign"] < 0, "bad_share": shaped["sign"] > 0, "idle_share": shaped["sign"] == 0}
+            blocks = {f"{share}_by_block": jnp.mean(which, -1) for share, which in found.items() if routers[name].proto.ndim == 3}
+            per_layer[name] = blocks | {
+                **{share: jnp.mean(which) for share, which in found.items()},
                 "goodness": -pooled(shaped["sign"], routers[name].proto[..., 0]) / rounds,
             }
         if attract:

@@ -171,6 +171,12 @@ def mean_over_tokens(values: Float[Array, "*R N"], routing: Routing) -> Array:
     return jnp.sum(jnp.where(routing.valid, values, 0)) / jnp.maximum(jnp.sum(routing.valid), 1)
 
 
+def told_apart(name: str, values: Float[Array, "*R N"], routing: Routing, like: Float[Array, "*L M"]) -> Metrics:
+    """The mean over valid tokens; of stacked blocks, which have modules of their own, also each one's, `{name}_by_block`."""
+    each = jnp.sum(jnp.where(routing.valid, values, 0), -1) / jnp.maximum(jnp.sum(routing.valid, -1), 1)
+    return {name: mean_over_tokens(values, routing)} | ({f"{name}_by_block": each} if like.ndim == 2 else {})
+
+
 def initial(params: Any, routings: Routings) -> MetaState:
     """A state with zero records, for rules that keep nothing else.
 

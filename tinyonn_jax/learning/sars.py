@@ -21,7 +21,17 @@ from jaxtyping import Array, Float
 
 from tinyonn_jax.layers.base import entropy
 from tinyonn_jax.layers.routing import Routing, drln, per_module, per_slot, pooled, served
-from tinyonn_jax.learning.rule import LearningRule, initial, layers, logits_of, mean_over_tokens, part, record, replace_part
+from tinyonn_jax.learning.rule import (
+    LearningRule,
+    initial,
+    layers,
+    logits_of,
+    mean_over_tokens,
+    part,
+    record,
+    replace_part,
+    told_apart,
+)
 from tinyonn_jax.learning.signals import Signals
 
 Granularity = Literal["module", "token"]
@@ -130,11 +140,11 @@ def sars(
                 uneven.append(imbalance(_competing(logits, routing) + sign * laid, routing, proto))
             tokens = pooled(jnp.sum(routing.valid, -1, keepdims=True), proto[..., 0])
             modules = routing.config.modules
-            gains, loses = (mean_over_tokens(jnp.sum(v, -1) / modules, routing) for v in (good > 0, good < 0))
-            per_layer[name] = {
-                "good_share": gains,
-                "bad_share": loses,
-                "idle_share": 1 - gains - loses,
+            found = {}
+            for share, which in (("good_share", good > 0), ("bad_share", good < 0)):
+                found |= told_apart(share, jnp.sum(which, -1) / modules, routing, proto[..., 0])
+            per_layer[name] = found | {
+                "idle_share": 1 - found["good_share"] - found["bad_share"],
                 "goodness": _totals(laid, routing, proto) / jnp.maximum(tokens, 1),
             }
         found = {"entropy_share": _mean(shares), "layers": per_layer} | ({"loss_balance": _mean(uneven)} if balance else {})

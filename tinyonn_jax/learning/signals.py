@@ -55,11 +55,12 @@ def make_taps(routings: Any) -> taps.Taps:
 def summary(routing: Routing, signals: Signals, like: Float[Array, "*L M"]) -> dict[str, Array]:
     """What a person watches of one routed layer; shares in [0, 1], over valid tokens and all recursions.
 
-    `like` has the shape of the layer's modules: stacked blocks have modules of their own, whose loads are told apart, their
-    figures averaged and `dead_modules` counted. `load [M]` share of the slots in use that each module serves; `gating_acc` share
-    of (token, group) decisions with several active modules, any of them surprised, whose top logit is the least surprised (by
-    parameter gradient). It is NaN when there is none, and for neurons, of which a token uses many at once and prefers none.
-    `dropped`: share of the slots in use that went without their module, NaN where that cannot be.
+    `like` has the shape of the layer's modules: stacked blocks have modules of their own, whose figures are averaged and
+    `dead_modules` counted, and told apart in `load [L,M]` and `active_share_by_block [L]`. `load [M]` share of the slots in use
+    that each module serves; `gating_acc` share of (token, group) decisions with several active modules, any of them surprised,
+    whose top logit is the least surprised (by parameter gradient). It is NaN when there is none, and for neurons, of which a
+    token uses many at once and prefers none. `dropped`: share of the slots in use that went without their module, NaN where that
+    cannot be.
     """
     used = pooled(served(routing), like)  # [*L,M]
     modules = used.shape[-1]
@@ -71,8 +72,10 @@ def summary(routing: Routing, signals: Signals, like: Float[Array, "*L M"]) -> d
     output = jnp.sum(signals.output, -1)
     # Of neurons the same, without going through all of them again.
     param = jnp.sum(signals.param, -1) if signals.token is None else output * signals.token
+    by_block = {"active_share_by_block": jnp.sum(used, -1) / (jnp.maximum(jnp.sum(routing.valid, -1), 1) * modules)}
     return {
-        "load": load.reshape(-1, modules).mean(0),
+        "load": load,
+        **(by_block if like.ndim == 2 else {}),
         "active_share": slots / (valid * modules),
         "usage_entropy": -jnp.mean(jnp.sum(load * jnp.log(jnp.maximum(load, 1e-9)), -1)) / jnp.log(max(modules, 2)),
         "max_load": jnp.mean(jnp.max(load, -1)) * modules,

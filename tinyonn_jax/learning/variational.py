@@ -20,9 +20,9 @@ def posterior(routing: Routing, prior: Float[Array, "*L M"]) -> Float[Array, "*L
     return weight / jnp.maximum(jnp.sum(weight, -1, keepdims=True), TINY)
 
 
-def divergence(q: Float[Array, "*L M"], p: Float[Array, "*L M"]) -> Float[Array, ""]:
-    """KL(q ‖ p) in nats, summed over layers; modules that q leaves out add nothing."""
-    return jnp.sum(q * (jnp.log(jnp.maximum(q, TINY)) - jnp.log(jnp.maximum(p, TINY))))
+def divergence(q: Float[Array, "*L M"], p: Float[Array, "*L M"]) -> Float[Array, "*L"]:
+    """KL(q ‖ p) in nats, of every layer; modules that q leaves out add nothing."""
+    return jnp.sum(q * (jnp.log(jnp.maximum(q, TINY)) - jnp.log(jnp.maximum(p, TINY))), -1)
 
 
 def follow(prior: Float[Array, "*L M"], routing: Routing, decay: float) -> Float[Array, "*L M"]:

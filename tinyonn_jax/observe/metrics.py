@@ -29,8 +29,10 @@ def column(rows: Sequence[Row], *path: str) -> tuple[Float[np.ndarray, "S"], Flo
 
 
 def loads(rows: Sequence[Row], layer: str) -> tuple[Float[np.ndarray, "S"], Float[np.ndarray, "S M"]]:
-    """Steps and each module's share of its layer's activations; modules that joined later count 0 before."""
+    """Steps and each module's share of its layer's activations, of stacked blocks the last one's; modules that joined later count
+    0 before."""
     found = [(row["step"], v) for row in rows if isinstance(v := lookup(row, "layers", layer, "load"), list) and v]
+    found = [(step, v[-1] if isinstance(v[-1], list) else v) for step, v in found]
     table = np.zeros((len(found), max((len(load) for _, load in found), default=0)))
     for i, (_, load) in enumerate(found):
         table[i, : len(load)] = [0.0 if share is None else share for share in load]

@@ -190,7 +190,7 @@ def routing_snapshot(state: TrainState, metrics: dict[str, Any]) -> dict[str, np
         goodness = np.asarray(found.get("goodness", np.zeros(used.shape)))
         proto, used, goodness = (a[-1] if proto.ndim == 3 else a for a in (proto, used, goodness))
         snapshot |= {f"{name}.proto": proto, f"{name}.goodness": goodness, f"{name}.usage": used / max(used.sum(), 1)}
-        snapshot[f"{name}.load"] = np.asarray(found["load"])
+        snapshot[f"{name}.load"] = np.asarray(found["load"]).reshape(-1, len(proto))[-1]
     return snapshot
 
 

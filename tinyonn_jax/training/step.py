@@ -85,7 +85,7 @@ def _routing_metrics(params: Any, routings: Any, signals: Any, rule_metrics: Any
     found = {
         name: {
             **surprise.summary(routing, signals[name], meta.records[name]),
-            "kl": variational.divergence(variational.posterior(routing, meta.prior[name]), meta.prior[name]),
+            **_divergence(routing, meta.prior[name]),
             "gate_mean": jnp.mean(routers(params)[name].gate),
             "gate_std": jnp.std(routers(params)[name].gate),
             "gate_max": jnp.max(routers(params)[name].gate),
@@ -101,6 +101,12 @@ def _routing_metrics(params: Any, routings: Any, signals: Any, rule_metrics: Any
             if jnp.ndim(value) == 0:
                 scalars.setdefault(key, []).append(value)
     return {**rule_metrics, **{key: surprise.average(values) for key, values in scalars.items()}, "layers": found}
+
+
+def _divergence(routing: Routing, prior: Array) -> dict[str, Array]:
+    """Of stacked blocks the sum, and each block's."""
+    kl = variational.divergence(variational.posterior(routing, prior), prior)
+    return {"kl": jnp.sum(kl)} | ({"kl_by_block": kl} if kl.ndim else {})
 
 
 def _renewed(renew: Callable, state: TrainState) -> TrainState:
