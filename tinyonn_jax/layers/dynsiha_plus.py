@@ -3,7 +3,8 @@
     logits = match(x, proto) − cost;  for each of G groups, k of its P = H/G latent heads are selected
     q of a selected head = x·w_q[h];  keys and values per group;  y_n = Σ_slots weight · (attention of the slot)·w_o[h]
 
-The selected queries form ordinary grouped attention, `[B,T,G·k,C]` against `[B,T,G,C]`, so the cost grows with G·k, not with H.
+The selected queries form ordinary grouped attention, `[B,T,G·k,C]` against `[B,T,G,C]`, whose cost grows with G·k, not with H; so
+does that of w_q and w_o where H > 4·G·k. Fewer heads all run on all tokens, as one matmul, which is faster (`linear`).
 With P = 1, k = 1 and hard weight this is multi-head attention, exactly; with G = 1 it is the seed's top-k over all heads.
 
 Letters: B batch, T positions, N = B·T tokens, D model, H latent heads, G groups, K = G·k slots, C head size.
