@@ -132,8 +132,10 @@ def msaps(
         return loss, {"loss_proto": proto, "loss_gate": gate / max(len(routings), 1), "layers": per_layer}
 
     def adjust(grads, params, routings, signals, meta):
-        decay = l2 * mean_norm(params) if l2 else 0.0
-        for name, layer in layers(params).items() if l2 else ():
+        if not l2:
+            return grads
+        decay = l2 * mean_norm(params)
+        for name, layer in layers(params).items():
             router, gradient = part(layer, "router"), part(layers(grads)[name], "router")
             modules = jax.tree.map(
                 lambda g, w, router=router: g + 2 * decay * w if _is_matrix(w, router) else g,
@@ -145,9 +147,12 @@ def msaps(
         return grads
 
     def restrain(updates, params, routings, signals, meta):
-        for name, router in routers(params).items() if protect else ():
+        if not protect:
+            return updates
+        before = routers(updates)
+        for name, router in routers(params).items():
             free = 1 - protection(gate_size(router), meta.accuracy, temperature)
-            update = routers(updates)[name]
+            update = before[name]
             updates = replace_part(updates, name, "router", replace(update, proto=update.proto * free[..., None]))
         return updates
 

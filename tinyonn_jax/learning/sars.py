@@ -49,11 +49,11 @@ def goodness(
 
     A value for every module at granularity module (S = M), for every slot at granularity token (S = K): there a token's other
     modules have none. A module counts as used if the batch used it (module), or if the token did (token). With one slot a group
-    (`lone`) it is the module's whatever the granularity. For neurons at granularity token the cost is the module's all the same:
+    it is the module's whatever the granularity. For neurons at granularity token the cost is the module's all the same:
     per token it is |δ|·‖x‖, which normalised over neurons is |δ|, the importance, again.
     """
     belief = drln(_competing(routing.logits, routing))
-    if granularity == "module" or lone(routing):
+    if _judged(routing, granularity) == "module":
         importance, cost = signals.module_output[..., None, :], signals.module_param[..., None, :]
         used = (served(routing) > 0)[..., None, :]
     else:
@@ -66,14 +66,15 @@ def goodness(
     return stop_gradient(good.reshape(*good.shape[:-2], -1))
 
 
-def lone(routing: Routing) -> bool:
-    """Whether a token uses one module a group: nothing it feels can be compared, and normalised is 1 whatever it was."""
-    return routing.index is not None and routing.config.slots_per_group == 1
+def _judged(routing: Routing, granularity: Granularity) -> Granularity:
+    """By module where a token uses one of a group: nothing it feels can be compared, and normalised is 1 whatever it was."""
+    alone = routing.index is not None and routing.config.slots_per_group == 1
+    return "module" if alone else granularity
 
 
 def _laid(good: Float[Array, "*R N S"], routing: Routing, granularity: Granularity) -> Float[Array, "*R N G P"]:
     """Goodness by module."""
-    slots = granularity == "token" and routing.index is not None and not lone(routing)
+    slots = _judged(routing, granularity) == "token" and routing.index is not None
     return _competing(per_module(good, routing) if slots else good, routing)
 
 

@@ -187,10 +187,10 @@ def routing_snapshot(state: TrainState, metrics: dict[str, Any]) -> dict[str, np
     for name, layer in layers(state.params).items():
         proto, used = _fetch(layer.router.proto), _fetch(state.meta.records[name])
         found = metrics["layers"][name]
-        goodness = np.asarray(found.get("goodness", np.zeros(used.shape)))
-        proto, used, goodness = (a[-1] if proto.ndim == 3 else a for a in (proto, used, goodness))
-        snapshot |= {f"{name}.proto": proto, f"{name}.goodness": goodness, f"{name}.usage": used / max(used.sum(), 1)}
-        snapshot[f"{name}.load"] = np.asarray(found["load"]).reshape(-1, len(proto))[-1]
+        goodness, load = (np.asarray(found.get(what, np.zeros(used.shape))) for what in ("goodness", "load"))
+        proto, used, goodness, load = (a[-1] if proto.ndim == 3 else a for a in (proto, used, goodness, load))
+        snapshot |= {f"{name}.proto": proto, f"{name}.goodness": goodness, f"{name}.load": load}
+        snapshot[f"{name}.usage"] = used / max(used.sum(), 1)
     return snapshot
 
 
