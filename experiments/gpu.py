@@ -80,7 +80,7 @@ def distance(got: Any, want: Any) -> float:
 def attempt(row: str, limit: float | None, measure: Callable[[], float], **fields: Any) -> Row:
     """The row of a measurement, or of why there is none."""
     try:
-        return Row(row, measure(), limit, **fields)
+        return Row(row, float(measure()), limit, **fields)
     except Exception as error:  # a kernel that a device does not run must not end the rows after it
         return Row(row, None, limit, error=_line(error), **fields)
 
@@ -125,7 +125,7 @@ def parity(sizes: Sizes) -> Iterator[Row]:
 
             def measure(kernel: kernels.Kernel = kernel, args=(x, w, g), want=want, run=run):
                 with grouped.using(kernel), jax.default_matmul_precision("highest"):
-                    return distance(jax.jit(run)(*args), want)
+                    return distance(jax.jit(partial(run))(*args), want)  # a function of its own: `run` itself is traced once
 
             yield attempt(f"parity: {kernel}, {jnp.dtype(dtype).name}, relative error", limit, measure)
 

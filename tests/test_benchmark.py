@@ -19,13 +19,14 @@ def test_what_fails_or_has_no_time_is_said(monkeypatch, tmp_path):
         yield gpu.attempt("one", 1.0, lambda: math.sqrt(-1))
         yield gpu.Row("two", 2.0, 1.0)
         yield gpu.Row("three", 2.0, 1.0, least=True)
+        yield gpu.attempt("four", 3.0, lambda: np.float64(2.0))
         raise MemoryError("too small")
 
     monkeypatch.setattr(gpu, "SECTIONS", (broken, broken))
     file = tmp_path / "rows.json"
     assert not gpu.report(gpu.rows(gpu.TINY, 60), file)
-    rows = json.loads(file.read_text())[:4]
-    assert [(row["value"], row["ok"]) for row in rows] == [(None, False), (2.0, False), (2.0, True), (None, False)]
+    rows = json.loads(file.read_text())[:5]
+    assert [(row["value"], row["ok"]) for row in rows] == [(None, False), (2.0, False), (2.0, True), (2.0, True), (None, False)]
     late = list(gpu.rows(gpu.TINY, -1))
     assert [(row.row, row.ok) for row in late] == [("broken: no time left", None)] * 2
 

@@ -17,7 +17,6 @@ _ARC1 = Config(
         experts=16,
         expert_hidden=1536,
         depth=8,
-        remat=True,
         dtype="bfloat16",
     ),
     optim=OptimConfig(muon_lr=1.66e-3, lr=3e-4, meta_lr=3e-4, decay_from=0.8, ema=0.999),

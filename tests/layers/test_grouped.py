@@ -173,7 +173,7 @@ def test_the_platform_has_a_kernel_unless_one_is_chosen():
         with grouped.using("auto"):
             assert loops()
     assert grouped.title("auto", "cpu") == "block loop" and grouped.title("auto", "tpu") == "lax.ragged_dot"
-    assert grouped.title("auto", "gpu") == grouped.title("padded", "gpu") == "padded blocks"
+    assert grouped.title("auto", "gpu") == grouped.title("pallas", "cpu") == "Pallas kernel (Triton)"
 
 
 make_plan = jax.jit(grouped.plan, static_argnums=2)

@@ -126,10 +126,18 @@ def prefix_causal(
     length = jnp.clip(prefix, 1, q.shape[1])  # a first token by itself sees the same either way
     inside = (jnp.arange(q.shape[1]) < length[:, None])[..., None, None]
     attention = partial(jax.nn.dot_product_attention, implementation=implementation)
-    # Zeros beyond the lengths: so are the gradients there, whatever the kernel leaves in them.
-    q_in, k_in, v_in = (jnp.where(inside, a, 0) for a in (q, k, v))
+    q_in, k_in, v_in = (_with_gradient(a, inside) for a in (q, k, v))
     within = attention(q_in, k_in, v_in, query_seq_lengths=length, key_value_seq_lengths=length)
     return jnp.where(inside, within, attention(q, k, v, is_causal=True))
+
+
+@jax.custom_vjp
+def _with_gradient(x, inside):
+    """x, whose gradient is zero outside, whatever the kernel leaves there."""
+    return x
+
+
+_with_gradient.defvjp(lambda x, inside: (x, inside), lambda inside, g: (jnp.where(inside, g, 0), None))
 
 
 # --- CPU: heads before positions, so that all sums are plain batched matmuls; nothing of size T × S is kept for the backward

@@ -21,8 +21,11 @@ from jaxtyping import Array, Bool, Float, Int
 from tinyonn_jax.layers import deferred, kernels
 from tinyonn_jax.layers.kernels import Choice, Kernel
 
-PLATFORMS: dict[str, Kernel] = {"cpu": "loop", "cuda": "padded", "rocm": "padded", "default": "ragged"}
+PLATFORMS: dict[str, Kernel] = {"cpu": "loop", "cuda": "pallas", "rocm": "padded", "default": "ragged"}
 """The kernel of each platform; `default` for all others. For GPUs XLA makes of `lax.ragged_dot` every module on every row."""
+
+EXPORTED = PLATFORMS | {"cuda": "padded"}
+"""The same where there is no GPU: Pallas takes long to trace, and compiles for a GPU at hand only."""
 
 COUNTED = 64
 """Up to so many modules pairs are sorted by counting; on a CPU that costs as much as comparing at about a hundred."""
@@ -169,5 +172,6 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 def _run(choice: Choice, part, *args):
     """A part of the chosen kernel."""
     if choice == "auto":
-        return lax.platform_dependent(*args, **{name: part(kernels.load(kernel)) for name, kernel in PLATFORMS.items()})
+        platforms = PLATFORMS if jax.default_backend() == "gpu" else EXPORTED
+        return lax.platform_dependent(*args, **{name: part(kernels.load(kernel)) for name, kernel in platforms.items()})
     return part(kernels.load(choice))(*args)

@@ -202,6 +202,30 @@ def routing_logits(router: Router, x: Float[Array, "N D"], cfg: RouterConfig) ->
     return match(x, router.proto, cfg) - cost(x, router.gate, cfg)
 
 
+ROUNDS = 8
+"""Up to so many slots a GPU finds by one maximum after the other; for more it sorts."""
+
+
+def _largest(v: Float[Array, "*N P"], k: int) -> Int[Array, "*N k"]:
+    """Where the k largest are, falling; the first of equals first."""
+    rounds = _largest_by_rounds if k <= ROUNDS else _largest_by_sort
+    return jax.lax.platform_dependent(
+        v, cuda=partial(rounds, k=k), rocm=partial(rounds, k=k), default=partial(_largest_by_sort, k=k)
+    )
+
+
+def _largest_by_sort(v: Float[Array, "*N P"], k: int) -> Int[Array, "*N k"]:
+    return jax.lax.top_k(v, k)[1]
+
+
+def _largest_by_rounds(v: Float[Array, "*N P"], k: int) -> Int[Array, "*N k"]:
+    v, found, lane = jnp.maximum(v, jnp.finfo(v.dtype).min), [], jnp.arange(v.shape[-1])
+    for _ in range(k):
+        found.append(jnp.argmax(v, -1))
+        v = jnp.where(lane == found[-1][..., None], -jnp.inf, v)
+    return jnp.stack(found, -1).astype(jnp.int32)
+
+
 def select(logits: Float[Array, "N M"], cfg: RouterConfig) -> tuple[Array, Array, Array, Array]:
     """Which modules, with what weight: index, weight, active `[N, K]`, and unrouted `[N]`.
 
@@ -212,7 +236,7 @@ def select(logits: Float[Array, "N M"], cfg: RouterConfig) -> tuple[Array, Array
     n, k = logits.shape[0], cfg.slots_per_group
     logits = logits.reshape(n, cfg.groups, cfg.per_group)
     # Named, so that a rematerialised block keeps the decision instead of making it again; weights and their gradients follow it.
-    index = checkpoint_name(each_token(lambda v: jax.lax.top_k(v, k)[1], jax.lax.stop_gradient(logits)), "routing")  # [N,G,k]
+    index = checkpoint_name(each_token(partial(_largest, k=k), jax.lax.stop_gradient(logits)), "routing")  # [N,G,k]
     value = jnp.sum(jnp.where(index[..., None] == jnp.arange(cfg.per_group), logits[..., None, :], 0), -1)
     above = checkpoint_name(value > 0, "routing")
     none = ~above[..., :1]

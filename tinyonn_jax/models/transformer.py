@@ -226,6 +226,16 @@ def _once(cos: Array, sin: Array) -> tuple[Array, Array]:
     return first, second
 
 
+def _unroll(cfg: ModelConfig) -> int:
+    """Recursions in one body of the scan. Copies in and out of its stacks, where the backward pass finds what it needs, cost a
+    GPU a third of the step, and a CPU a tenth where the block is dense, a few large kernels."""
+    if cfg.remat:
+        return 1
+    if jax.default_backend() == "gpu":
+        return cfg.depth
+    return min(cfg.depth, 4) if cfg.kind == "dense" else 1
+
+
 def _recurse(
     params: Params,
     x: Array,
@@ -243,8 +253,7 @@ def _recurse(
     With `stop` a token keeps its state once its output entropy is below it; its keys and values follow from that state.
     """
     e0 = x
-    # A dense block is a few large kernels, so that copies in and out of the scan's stacks cost a tenth of the step: unroll some.
-    unroll = min(cfg.depth, 4) if cfg.kind == "dense" and not cfg.remat else 1
+    unroll = _unroll(cfg)
     if unroll == cfg.depth:
         where = replace(where, turn=_once(*where.turn))
     run = partial(_block, cfg=cfg, isolate=isolate, where=where, valid=valid)

@@ -1,8 +1,9 @@
 """For GPUs: kernels of our own in Pallas (Triton); on CPU they are interpreted, for tests.
 
 One program makes one tile of the result: of y and dx, a block of one module's rows by some columns; of dw, some inputs by some
-outputs, summed over the module's rows in order, so that results repeat bit for bit. The taps' norms come out of the same tiles.
-Rows past the last module are one more module, whose rows are zero. float32 is multiplied in full (no TF32).
+outputs, summed over the module's rows in order, so that results repeat bit for bit. The norms of modules come out of the same
+tiles; those of rows would be summed again in every tile of a row, and are left to XLA. Rows past the last module are one more
+module, whose rows are zero. float32 is multiplied in full (no TF32).
 """
 
 from functools import partial
@@ -11,10 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from tinyonn_jax.layers.kernels import blocks, power_of_two
+from tinyonn_jax.layers.kernels import blocks, padded, power_of_two, row_norms
 
 
 class _Tile(NamedTuple):
@@ -25,10 +27,17 @@ class _Tile(NamedTuple):
     inner: int
 
 
+LARGE_SHARED = ("8.0", "9.0", "10.0")
+"""Compute capabilities with the 144 KiB of shared memory that three stages of wide tiles take."""
+
+
 def _tile(rows: int, columns: int, inner: int, dtype) -> _Tile:
-    """At most 128 × 128, 64 at a time (32 of float32)."""
-    deep = 64 if dtype.itemsize == 2 else 32
-    return _Tile(power_of_two(rows, 16, 128), power_of_two(columns, 16, 128), power_of_two(inner, 16, deep))
+    """At most 128 × 256, 64 at a time; half as wide on GPUs with little shared memory, and half as deep for float32."""
+    half = dtype.itemsize == 2
+    wide = half and getattr(jax.devices()[0], "compute_capability", None) in LARGE_SHARED
+    return _Tile(
+        power_of_two(rows, 16, 128), power_of_two(columns, 16, 256 if wide else 128), power_of_two(inner, 16, 64 if half else 32)
+    )
 
 
 def _at(first, length: int, limit):
@@ -49,15 +58,15 @@ def _dot(a, b, **transposed):
 def _call(kernel, grid: tuple[int, ...], out, *args):
     call = partial(pl.pallas_call, kernel, grid=grid, out_shape=out)
     params = triton.CompilerParams(num_warps=8, num_stages=3)
-    return lax.platform_dependent(*args, cpu=call(interpret=True), default=call(compiler_params=params))
+    run = partial(lax.platform_dependent, cpu=call(interpret=True), default=call(compiler_params=params))
+    return sequential_vmap(run)(*args)  # JAX does not batch kernels whose every index is computed
 
 
 # --- y and dx: a row of blocks times the weight of its module ------------------------------------------------------------
 
 
-def _rows_kernel(tile: _Tile, modules: int, transposed: bool, tapped: bool, module_ref, first_ref, rows_ref, a_ref, w_ref, *refs):
-    """out = a · w, or a · wᵀ. Tapped: also ‖a_p‖² · ‖x_p‖² over the tile's columns of x, which has the shape of out."""
-    out_ref = refs[1] if tapped else refs[0]
+def _rows_kernel(tile: _Tile, modules: int, transposed: bool, module_ref, first_ref, rows_ref, a_ref, w_ref, out_ref):
+    """out = a · w, or a · wᵀ."""
     column, block = pl.program_id(0), pl.program_id(1)
     module, first, rows = module_ref[block], first_ref[block], rows_ref[block]
     inputs, outputs = a_ref.shape[1], out_ref.shape[1]
@@ -66,31 +75,23 @@ def _rows_kernel(tile: _Tile, modules: int, transposed: bool, tapped: bool, modu
 
     @pl.when(rows > 0)
     def _():
-        def body(k, carry):
-            total, norm = carry
+        def body(k, total):
             at, inside = _at(k * tile.inner, tile.inner, inputs)
             a = _load(a_ref, (at_rows, at), (owned, inside))
             if transposed:
                 w = _load(w_ref, (module, at_columns, at), (below, inside))
             else:
                 w = _load(w_ref, (module, at, at_columns), (inside, below))
-            if tapped:
-                norm += jnp.sum(jnp.square(a.astype(jnp.float32)), 1)
-            return total + _dot(a, w, trans_b=transposed), norm
+            return total + _dot(a, w, trans_b=transposed)
 
-        start = jnp.zeros((tile.rows, tile.columns), jnp.float32), jnp.zeros(tile.rows, jnp.float32)
+        start = jnp.zeros((tile.rows, tile.columns), jnp.float32)
         steps = jnp.where(module < modules, jnp.int32(pl.cdiv(inputs, tile.inner)), jnp.int32(0))
-        total, norm = lax.fori_loop(jnp.int32(0), steps, body, start)
+        total = lax.fori_loop(jnp.int32(0), steps, body, start)
         triton.store(out_ref.at[at_rows, at_columns], total.astype(out_ref.dtype), mask=owned[:, None] & below[None])
-        if tapped:
-            x_ref, _, norm_ref = refs
-            x = _load(x_ref, (at_rows, at_columns), (owned, below))
-            norm *= jnp.sum(jnp.square(x.astype(jnp.float32)), 1)
-            triton.store(norm_ref.at[column, at_rows], norm, mask=owned)
 
 
-def _times(a, w, sizes, transposed: bool, x=None):
-    """a · w by modules, or a · wᵀ; with x, the product of both rows' squared norms as well."""
+def _times(a, w, sizes, transposed: bool):
+    """a · w by modules, or a · wᵀ."""
     pairs, modules, columns = a.shape[0], w.shape[0], w.shape[1 if transposed else 2]
     tile = _tile(-(-pairs // modules), columns, a.shape[1], a.dtype)
     everything = jnp.append(sizes, pairs - jnp.sum(sizes)).astype(jnp.int32)
@@ -98,11 +99,7 @@ def _times(a, w, sizes, transposed: bool, x=None):
     table = (part.astype(jnp.int32) for part in blocks(everything, tile.rows)[1](jnp.arange(number)))
     grid = pl.cdiv(columns, tile.columns), number  # columns change fastest: blocks of rows are read once
     out = jax.ShapeDtypeStruct((pairs, columns), a.dtype)
-    kernel = partial(_rows_kernel, tile, modules, transposed, x is not None)
-    if x is None:
-        return _call(kernel, grid, out, *table, a, w)
-    out, norm = _call(kernel, grid, (out, jax.ShapeDtypeStruct((grid[0], pairs), jnp.float32)), *table, a, w, x)
-    return out, jnp.sum(norm, 0)
+    return _call(partial(_rows_kernel, tile, modules, transposed), grid, out, *table, a, w)
 
 
 # --- dw: rows of x and g, summed over a module ------------------------------------------------------------------------------
@@ -126,19 +123,23 @@ def _weights_kernel(tile: _Tile, tapped: bool, first_ref, size_ref, x_ref, g_ref
         norm_ref[0][i, j, module] = jnp.sum(jnp.square(total))
 
 
+@jax.custom_jvp
 def forward(x, w, sizes):
     return _times(x, w, sizes, transposed=False)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def backward(tapped, x, w, sizes, g):
-    if tapped:
-        dx, rows = _times(g, w, sizes, True, x)
-    else:
-        dx, rows = _times(g, w, sizes, True), jnp.zeros(0)
     modules, inputs, outputs = w.shape
     tile = _tile(inputs, outputs, -(-x.shape[0] // modules), x.dtype)
     grid = pl.cdiv(inputs, tile.rows), pl.cdiv(outputs, tile.columns), modules
     out = (jax.ShapeDtypeStruct(w.shape, w.dtype), jax.ShapeDtypeStruct(grid, jnp.float32))[: 2 if tapped else 1]
-    sizes = sizes.astype(jnp.int32)
-    found = _call(partial(_weights_kernel, tile, tapped), grid, out, jnp.cumsum(sizes) - sizes, sizes, x, g)
-    return dx, found[0], rows, jnp.sum(found[1], (0, 1)) if tapped else jnp.zeros(0)
+    starts = (jnp.cumsum(sizes) - sizes).astype(jnp.int32)
+    dw, *norm = _call(partial(_weights_kernel, tile, tapped), grid, out, starts, sizes.astype(jnp.int32), x, g)
+    modules = jnp.sum(norm[0], (0, 1)) if tapped else jnp.zeros(0)
+    return _times(g, w, sizes, transposed=True), dw, row_norms(tapped, x, g, sizes), modules
+
+
+# JAX does not differentiate kernels: the derivative of a gradient is that of the same sums in plain operations.
+forward.defjvp(lambda args, tangents: jax.jvp(padded.forward, args, tangents))
+backward.defjvp(lambda tapped, args, tangents: jax.jvp(partial(padded.backward, tapped), args, tangents))
