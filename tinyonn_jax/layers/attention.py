@@ -3,6 +3,7 @@
 Letters: B batch, T queries, S keys, D model, G key/value groups, Q query heads (a multiple of G), C head size.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -16,10 +17,25 @@ from tinyonn_jax.layers.base import rotary, rotation
 
 @flax.struct.dataclass
 class Cache:
-    """Keys (rotated) and values of the tokens seen so far, `[B, S, G, C]` each."""
+    """Keys (rotated) and values of the tokens seen so far, `[B,S,G,C]` each; those of R layers or recursions `[R,B,S,G,C]`, of
+    which a call reads and extends number `layer`, in place."""
 
     keys: Array
     values: Array
+    layer: Int[Array, ""] | None = None
+
+    def extended(self, k: Float[Array, "B T G C"], v: Float[Array, "B T G C"], start: Int[Array, " B"]) -> "Cache":
+        """The cache with more keys and values, at slots start…start+T-1 of each sequence."""
+        return replace(self, keys=self._written(self.keys, k, start), values=self._written(self.values, v, start))
+
+    def read(self) -> tuple[Array, Array]:
+        """The keys and values of the layer at hand, `[B,S,G,C]` each."""
+        return (self.keys, self.values) if self.layer is None else (self.keys[self.layer], self.values[self.layer])
+
+    def _written(self, into: Array, new: Array, start: Array) -> Array:
+        sequence, slot = jnp.arange(new.shape[0])[:, None], start[:, None] + jnp.arange(new.shape[1])
+        place = (sequence, slot) if self.layer is None else (self.layer, sequence, slot)
+        return into.at[place].set(new.astype(into.dtype), unique_indices=True)
 
 
 @flax.struct.dataclass
@@ -80,13 +96,12 @@ def attend(
     """Softmax attention of queries over rotated keys; query head i reads group i // (Q / G).
 
     With a cache the T keys and values are written at slots start…start+T-1 first, and attention runs over the whole cache.
-    They must fit: nothing notices start + T > S, where the last slots are written over.
+    They must fit: nothing notices start + T > S, where the last of them are lost.
     """
     q, k = rotary(q, where.turn), rotary(k, where.turn)
     if cache is not None:
-        write = jax.vmap(lambda into, new, at: jax.lax.dynamic_update_slice_in_dim(into, new.astype(into.dtype), at, 0))
-        cache = Cache(write(cache.keys, k, where.start), write(cache.values, v, where.start))
-        k, v = cache.keys, cache.values
+        cache = cache.extended(k, v, where.start)
+        k, v = cache.read()
     fused = partial(_fused, fresh=cache is None) if cudnn_takes(q) else _masked
     args = q, k, v, mask(where, k.shape[1]), where.prefix
     return jax.lax.platform_dependent(*args, cpu=_heads_first, cuda=fused, default=_masked), cache

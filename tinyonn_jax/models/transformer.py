@@ -262,23 +262,24 @@ def _recurse(
         run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names("routing"), prevent_cse=False)
 
     def body(carry, per_step):
-        x, depth = carry
-        index, block, tap, cache, port = per_step
+        x, depth, cache = carry
+        index, block, tap, port = per_step
         y = x + jnp.where(index > 0, e0, 0) if cfg.inject else x
-        y, routings, cache = run(_attach(shared, port) if block is None else block, y, taps=tap, cache=cache)
+        block = _attach(shared, port) if block is None else block
+        y, routings, cache = run(block, y, taps=tap, cache=cache and replace(cache, layer=index))
         if stop:
             running = depth == index  # has not stopped before
             x = jnp.where(running[..., None], y, x)
             depth = depth + (running & (entropy(_read_out(params, x)) >= stop))
         else:
             x, depth = y, depth + 1
-        return (x, depth), (x if keep else None, routings, cache)
+        return (x, depth, cache and replace(cache, layer=None)), (x if keep else None, routings)
 
     blocks = None if cfg.recursed else refined(params.block)
     shared, ports = (params.block, {}) if cache is not None else _defer(params.block, x, cfg, taps)
-    start = (x, jnp.zeros(x.shape[:2], jnp.int32))
-    per_step = (jnp.arange(cfg.depth), blocks, taps, cache, ports)
-    (x, depth), (steps, routings, cache) = jax.lax.scan(body, start, per_step, unroll=unroll)
+    start = (x, jnp.zeros(x.shape[:2], jnp.int32), cache)  # carried, so that caches are written in place
+    per_step = (jnp.arange(cfg.depth), blocks, taps, ports)
+    (x, depth, cache), (steps, routings) = jax.lax.scan(body, start, per_step, unroll=unroll)
     return x, steps, routings, cache, jnp.minimum(depth + 1, cfg.depth) if stop else depth
 
 
