@@ -1,9 +1,9 @@
 """What needs a GPU, in one run: `python experiments/benchmark.py gpu [--json FILE] [--minutes N] [--tiny]`.
 
 First correctness: every kernel of the grouped matmul against float64 loops, cuDNN's attention against the plain path, a step's
-gradients and signals against the CPU's. Then speed: experts against a dense matmul of the same active work, signals against the
-plain step, the share of the device's peak in training preset `arc1`, and evaluation. What there is no time for is said to be not
-measured. `--tiny` shrinks everything, to try the script itself without a GPU.
+gradients and signals against the CPU's. Then speed: signals against the plain step, the share of the device's peak in training
+preset `arc1`, evaluation, and experts against a dense matmul of the same active work. What there is no time for is said to be
+not measured. `--tiny` shrinks everything, to try the script itself without a GPU.
 
 Letters: N tokens, D model, F expert hidden, E experts, K slots, P = N·K pairs, B sequences, T positions.
 """
@@ -47,7 +47,7 @@ class Sizes:
     libraries: tuple[int, ...] = (16, 64)
     model: ModelConfig = PRESETS["arc1"][1].model
     batch: tuple[int, int] = (32, 512)
-    evaluation: tuple[int, int, int, int] = (300, 256, 512, 64)  # augmentations, prompt bucket, sequences side by side, tokens
+    evaluation: tuple[int, int, int, int, int] = (8, 300, 256, 512, 64)  # tasks, views, prompt bucket, side by side, tokens
 
 
 TINY = Sizes(
@@ -57,7 +57,7 @@ TINY = Sizes(
     libraries=(4,),
     model=replace(PRESETS["smoke"][1].model, depth=1),
     batch=(2, 32),
-    evaluation=(3, 48, 4, 2),
+    evaluation=(2, 3, 48, 4, 2),
 )
 
 
@@ -259,12 +259,13 @@ def training(sizes: Sizes) -> Iterator[Row]:
 
 
 def evaluation(sizes: Sizes) -> Iterator[Row]:
-    """Greedy decoding of a task in many views. Parameters are random and end no answer: every one is as long as it may be."""
-    views, bucket, batch, cap = sizes.evaluation
-    data = replace(PRESETS["smoke" if sizes is TINY else "arc1"][1].data, buckets=(bucket,), tokens_per_batch=bucket, smallest=1)
-    tasks: tuple[Task, ...] = tuple(load_task_sets(data).evaluation)[:1]
+    """Greedy decoding of tasks in many views. Parameters are random and end no answer: every one is as long as it may be."""
+    count, views, bucket, batch, cap = sizes.evaluation
+    preset = PRESETS["smoke" if sizes is TINY else "arc1"][1]
+    data = replace(preset.data, buckets=(bucket,), tokens_per_batch=bucket, smallest=count)
+    tasks: tuple[Task, ...] = tuple(load_task_sets(data).evaluation)[:count]
     config = replace(Config(), model=sizes.model, data=data, eval=EvalConfig(augmentations=views, batch=batch))
-    params = base.init(jax.random.key(0), transformer.spec(sizes.model, 1))
+    params = base.init(jax.random.key(0), transformer.spec(sizes.model, count))
     decoder = assemble.make_decoder(config, sharding.make_mesh(config.mesh))
     ids = [task.id for task in tasks]
 
@@ -275,11 +276,14 @@ def evaluation(sizes: Sizes) -> Iterator[Row]:
     begin = time.perf_counter()
     run()
     sequences = views * sum(len(task.test) for task in tasks)
-    rate = sequences / (time.perf_counter() - begin)
-    yield Row(f"evaluation: {views} views, prompts up to {bucket}, {cap} tokens each", rate, unit="sequences/s", least=True)
+    rate, known = sequences / (time.perf_counter() - begin), peak()
+    name = f"evaluation: {count} tasks in {views} views, prompts up to {bucket}, {cap} tokens each"
+    yield Row(name, rate, unit="sequences/s", least=True)
+    forward = useful_flops(sizes.model, np.array([bucket + cap]), np.array([bucket])) / 3  # of forward and backward
+    yield Row("evaluation: share of the bfloat16 peak, prompts as long as they may be", rate * forward / known if known else None)
 
 
-SECTIONS: tuple[Callable[[Sizes], Iterator[Row]], ...] = (parity, attending, against_cpu, routed, training, evaluation)
+SECTIONS: tuple[Callable[[Sizes], Iterator[Row]], ...] = (parity, attending, against_cpu, training, evaluation, routed)
 
 
 def rows(sizes: Sizes, seconds: float) -> Iterator[Row]:

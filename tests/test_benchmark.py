@@ -7,11 +7,19 @@ import gpu
 import numpy as np
 import pytest
 
+from tinyonn_jax.layers.kernels import padded, ragged
+
 
 def test_parity_and_attention_pass_here():
     rows = [*gpu.parity(gpu.TINY), *gpu.attending(gpu.TINY)]
     assert [row.ok for row in rows] == [True] * (len(rows) - 1) + [None]  # the last asks for cuDNN
     assert {row.row.split()[1].rstrip(",") for row in rows} >= {"loop", "ragged", "pallas", "padded", "dense"}
+
+
+def test_parity_finds_a_kernel_that_is_wrong(monkeypatch):
+    monkeypatch.setattr(gpu, "usable", lambda: ["padded", "ragged"])
+    monkeypatch.setattr(padded, "forward", lambda x, w, sizes: 2 * ragged.forward(x, w, sizes))
+    assert {(row.row.split()[1], row.ok) for row in gpu.parity(gpu.TINY)} == {("padded,", False), ("ragged,", True)}
 
 
 def test_what_fails_or_has_no_time_is_said(monkeypatch, tmp_path):

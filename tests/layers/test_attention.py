@@ -177,6 +177,19 @@ def test_sequences_of_a_batch_decode_at_slots_of_their_own(params):
         np.testing.assert_allclose(y[:, 0], want[row, at], **CLOSE)
 
 
+def test_layers_that_share_a_cache_extend_their_own_part(params):
+    """Layer 1 of three: the same output as with a cache of its own, and the others' slots stay as they are."""
+    prefix, start = jnp.array([3, 2]), jnp.array([1, 3])
+    one = attention.Cache(*(jnp.asarray(np.random.default_rng(seed).normal(size=(B, T, G, C)), jnp.float32) for seed in (5, 6)))
+    want, own = cached(params, X[:, :2], one, POSITIONS[:, :2], start, prefix)
+    all = attention.Cache(*(jnp.stack([a - 1, a, a + 1]) for a in (one.keys, one.values)), jnp.int32(1))
+    got, shared = cached(params, X[:, :2], all, POSITIONS[:, :2], start, prefix)
+    np.testing.assert_array_equal(got, want)
+    for a, b, before in ((shared.keys, own.keys, one.keys), (shared.values, own.values, one.values)):
+        np.testing.assert_array_equal(a, jnp.stack([before - 1, b, before + 1]))
+        assert np.abs(b - before).max() > 0.1
+
+
 def test_a_cache_needs_to_know_where_tokens_start(params):
     cache = attention.Cache(jnp.zeros((B, T, G, C)), jnp.zeros((B, T, G, C)))
     with pytest.raises(ValueError, match="at which slots the tokens start"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.layers.naive import CLOSE, make
-from tinyonn_jax.layers import dynmoe, experts
+from tinyonn_jax.layers import dynmoe, experts, grouped
 from tinyonn_jax.layers.base import Param
 from tinyonn_jax.layers.routing import RouterConfig
 
@@ -73,9 +73,14 @@ def test_spec_declares_stacked_experts_and_no_shared_ones_unless_asked():
     assert made.modules.w_out.shape == (4, F, D) and made.router.proto.shape == (4, D)
 
 
-@pytest.mark.parametrize("modules", [4, 16])
-def test_layers_can_be_mapped_over_inputs_and_differentiated_twice_forwards(modules):
+@pytest.mark.parametrize(("modules", "kernel"), [(4, "auto"), (16, "auto"), (4, "pallas")])
+def test_layers_can_be_mapped_over_inputs_and_differentiated_twice_forwards(modules, kernel):
     """jit(vmap(grad)) is a loop of gradients, and the derivative of a gradient along a direction is its finite difference."""
+    with grouped.using(kernel):
+        _map_and_differentiate(modules)
+
+
+def _map_and_differentiate(modules):
     cfg = dynmoe.Config(D, 4, RouterConfig(modules, 2, isolate=False))
     params = make(dynmoe.spec(cfg))
     xs = jnp.asarray(np.random.default_rng(1).normal(size=(3, 1, 4, D)), jnp.float32)

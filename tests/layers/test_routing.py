@@ -22,6 +22,15 @@ select = jax.jit(routing.select, static_argnums=1)
 route = jax.jit(routing.route, static_argnums=2)
 
 
+@given(st.lists(st.sampled_from([-np.inf, -1.0, 0.0, 1.0, 2.0, np.inf]), min_size=4, max_size=4), st.integers(1, 4))
+def test_maxima_one_after_the_other_are_the_largest(values, k):
+    """As GPUs find them: the first of equals first, no module twice, not even where nothing is finite."""
+    v = jnp.array([values, values[::-1]], jnp.float32)
+    order = np.argsort(-np.asarray(v), 1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(routing._largest_by_rounds(v, k), order)
+    np.testing.assert_array_equal(routing._largest(v, k), order)
+
+
 @pytest.mark.parametrize(("match", "table"), [("cosine", COSINE), ("dot", DOT)])
 @pytest.mark.parametrize(
     ("cost", "gate", "price"),

@@ -137,11 +137,14 @@ def reference():
     return cfg, params, loss, logits, rest, total, found
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_loss_gradients_and_signals_of_every_recursion(reference, remat):
+@pytest.mark.parametrize("how", ["scanned", "rematerialised", "unrolled"])
+def test_loss_gradients_and_signals_of_every_recursion(reference, how, monkeypatch):
     cfg, params, loss, logits, rest, total, found = reference
-    cfg = tiny.config(remat=remat)
-    got_loss, out, (grads, tapped) = gradients(params, taps_for(params, cfg), BATCH, cfg)
+    cfg, run = tiny.config(remat=how == "rematerialised"), gradients
+    if how == "unrolled":  # as on a GPU; traced anew
+        monkeypatch.setattr(transformer, "_unroll", lambda cfg: cfg.depth)
+        run = jax.jit(partial(gradients.__wrapped__), static_argnames="cfg")
+    got_loss, out, (grads, tapped) = run(params, taps_for(params, cfg), BATCH, cfg)
     np.testing.assert_allclose(np.asarray(out.logits)[REAL], np.asarray(logits)[REAL], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(got_loss, loss, rtol=1e-5)
     block = grads.block

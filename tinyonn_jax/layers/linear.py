@@ -133,7 +133,8 @@ def _dense_merge_bwd(saved, g):
         return d_x, d_w.astype(w.dtype), d_weight, None, None
     weight = weight.astype(jnp.float32)
     output = jnp.square(weight) * squares(g)[:, None]
-    param = jnp.where(_active(hit), output * squares(x), 0)
+    # Not output · squares(x): XLA would take the squares of all recursions in one kernel, far from what they are made of.
+    param = jnp.where(_active(hit), squares(x * jnp.sqrt(output)[..., None]), 0)
     attribution = jnp.square(weight * d_weight.astype(jnp.float32))
     return d_x, d_w.astype(w.dtype), d_weight, None, taps.Tap(output, attribution, param, module_norms(True, d_w))
 

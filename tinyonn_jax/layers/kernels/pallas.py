@@ -128,15 +128,20 @@ def forward(x, w, sizes):
     return _times(x, w, sizes, transposed=False)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def backward(tapped, x, w, sizes, g):
+def weights(tapped, x, w, sizes, g):
+    """dw, and, tapped, the squared norm of every module's."""
     modules, inputs, outputs = w.shape
     tile = _tile(inputs, outputs, -(-x.shape[0] // modules), x.dtype)
     grid = pl.cdiv(inputs, tile.rows), pl.cdiv(outputs, tile.columns), modules
     out = (jax.ShapeDtypeStruct(w.shape, w.dtype), jax.ShapeDtypeStruct(grid, jnp.float32))[: 2 if tapped else 1]
     starts = (jnp.cumsum(sizes) - sizes).astype(jnp.int32)
     dw, *norm = _call(partial(_weights_kernel, tile, tapped), grid, out, starts, sizes.astype(jnp.int32), x, g)
-    modules = jnp.sum(norm[0], (0, 1)) if tapped else jnp.zeros(0)
+    return dw, jnp.sum(norm[0], (0, 1)) if tapped else jnp.zeros(0)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def backward(tapped, x, w, sizes, g):
+    dw, modules = weights(tapped, x, w, sizes, g)
     return _times(g, w, sizes, transposed=True), dw, row_norms(tapped, x, g, sizes), modules
 
 
