@@ -24,7 +24,7 @@ from tinyonn_jax.layers.kernels import Choice, Kernel
 PLATFORMS: dict[str, Kernel] = {"cpu": "loop", "cuda": "pallas", "rocm": "padded", "default": "ragged"}
 """The kernel of each platform; `default` for all others. For GPUs XLA makes of `lax.ragged_dot` every module on every row."""
 
-EXPORTED: dict[str, Kernel] = PLATFORMS | {"cuda": "padded"}
+EXPORTED: dict[str, Kernel] = {**PLATFORMS, "cuda": "padded"}
 """The same where there is no GPU: Pallas takes long to trace, and compiles for a GPU at hand only."""
 
 COUNTED = 64
