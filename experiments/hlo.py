@@ -42,7 +42,8 @@ class Collective:
 class Reading:
     """What a program does on each device: its collectives that move anything, and the `flops` of its matmuls.
 
-    Loops whose number of turns is not known are left out: `unknown` counts the collectives and `loops` the matmuls in them.
+    What may run any number of times is left out, loops of unknown length and branches: `unknown` counts the collectives and
+    `loops` the matmuls in them.
     """
 
     collectives: tuple[Collective, ...]
@@ -98,7 +99,7 @@ def read(text: str, devices: int) -> Reading:
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], Callable[[str], int | None]]:
-    """The computations of a program, and how often one runs in a step (None: in a loop of unknown length)."""
+    """The computations of a program, and how often one runs in a step (None: that is not known)."""
     computations: dict[str, list[_Instruction]] = {}
     callers: dict[str, list[tuple[str, int | None]]] = {}
     entry = name = ""
@@ -111,7 +112,11 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], Callable[[str], in
             computations[name].append(_Instruction(found[1], _shapes(found[2]), found[3], found[4]))
             trips = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', line)
             for role, called in _CALLED.findall(line):
-                turns = (int(trips[1]) if trips else None) if role in ("body", "condition") else 1
+                turns = 1
+                if role in ("body", "condition"):
+                    turns = int(trips[1]) if trips else None
+                elif found[3] == "conditional":
+                    turns = None
                 for callee in re.findall(r"[\w.-]+", called):
                     callers.setdefault(callee, []).append((name, turns))
 

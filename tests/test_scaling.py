@@ -33,6 +33,11 @@ HloModule jit_step, num_partitions=8
   ROOT %square = f32[2,2]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}
 }
 
+%maybe (p: f32[2,3]) -> f32[2,3] {
+  %p = f32[2,3]{1,0} parameter(0)
+  ROOT %square = f32[2,2]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
 %body (p: f32[10]) -> f32[10] {
   %p = f32[10]{0} parameter(0)
   %w.1 = f16[4,6]{1,0} while(%p), condition=%add, body=%inner, backend_config={"known_trip_count":{"n":"5"}}
@@ -47,6 +52,7 @@ ENTRY %main (p: f32[10]) -> f32[10] {
   %same = f32[10]{0} collective-permute(%p), source_target_pairs={{0,0},{1,1}}
   %swap = f32[10]{0} collective-permute(%p), source_target_pairs={{0,0},{1,2},{2,1}}
   %all = f32[] all-reduce(%p), replica_groups={}, to_apply=%add
+  %either = f32[2,3]{1,0} conditional(%p, %p, %p), branch_computations={%endless, %maybe}
   ROOT %w = f32[10]{0} while(%p), condition=%add, body=%body, backend_config={"known_trip_count":{"n":"3"}}
 }
 """
@@ -65,14 +71,14 @@ def test_a_program_by_hand():
     assert scatter.payload == 3 * 40 * 4 and scatter.sent == 480 * 3 / 4
     assert (swap.groups, swap.payload, swap.sent) == (((1, 2), (2, 1)), 40, 40)
     assert (everywhere.groups, everywhere.sent) == ((tuple(range(8)),), 2 * 4 * 7 / 8)
-    assert (got.flops, got.unknown, got.loops) == (15 * 2 * 4 * 5 * 6, 0, 1)
+    assert (got.flops, got.unknown, got.loops) == (15 * 2 * 4 * 5 * 6, 0, 2)
     assert got.payload(("all-gather", "reduce-scatter")) == 720 + 480
 
 
 def test_collectives_in_loops_of_unknown_length_are_noticed():
     text = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
     got = read(text, 8)
-    assert (got.unknown, got.flops, got.loops) == (1, 0, 2)
+    assert (got.unknown, got.flops, got.loops) == (1, 0, 3)
 
 
 def test_groups_that_are_not_understood_stop_it():

@@ -162,6 +162,16 @@ def test_scan_of_checkpoints(kernel):
     np.testing.assert_allclose(tap.modules, np.sum(per_module**2, (2, 3)), **CLOSE)
 
 
+def test_a_program_for_gpus_elsewhere_is_padded_blocks():
+    """Pallas lowers for a GPU at hand only."""
+    x, w, _ = numbers()
+    sizes = jnp.ones(MODULES, int)
+    lower = jax.jit(lambda *args: grouped.matmul(*args)).trace(x, w, sizes).lower
+    programs = {platform: lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda")}
+    assert "stablehlo.while" in programs["cpu"] and "stablehlo.while" not in programs["cuda"]
+    assert "triton" not in programs["cuda"]
+
+
 def test_the_platform_has_a_kernel_unless_one_is_chosen():
     def loops() -> bool:
         x, w, _ = numbers()
