@@ -198,7 +198,7 @@ def _train(run: Run, started: float | None, profile: int) -> None:
             return
         if done:
             say(f"going on from step {done} of {steps}")
-        say("the first step of each length is compiled: up to half a minute each, or a second or two from the compilation cache")
+        say("the first step of each length is compiled: half a minute each, on a GPU up to three, or seconds from the compilation cache")
 
         def snapshot(_: int, state: Any, metrics: dict[str, Any]) -> None:
             arrays = assemble.routing_snapshot(state, metrics)
