@@ -37,7 +37,7 @@ def learn_continually(args: cli.Continual) -> None:
     for network in args.networks:
         kind, _, rule = network.partition("/")
         model = assemble.narrowed(replace(args.config.model, kind=kind), args.parameters)
-        learning = replace(args.config.learning, rule=rule)
+        learning = args.config.learning.under(rule)  # pyright: ignore[reportArgumentType]
         for seed in args.seeds:
             configs[network, seed] = replace(
                 args.config, model=model, learning=learning, train=replace(args.config.train, seed=seed)

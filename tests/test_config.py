@@ -30,6 +30,11 @@ def test_a_value_of_another_type_is_refused(section, field, value, says):
         section(**{field: value})
 
 
+def test_deep_supervision_needs_something_deep():
+    with pytest.raises(ConfigError, match=r"model\.depth 1 has none"):
+        ModelConfig(depth=1, deep_supervision=0.5)
+
+
 def test_a_router_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="select must be one of top_k, "):
         RouterConfig(8, 2, select="topk")  # pyright: ignore[reportArgumentType]

@@ -118,6 +118,10 @@ class ModelConfig:
         _require(self.shared_experts >= 0, f"model.shared_experts must not be negative, got {self.shared_experts}")
         _require(0.0 <= self.deep_supervision <= 1.0, f"model.deep_supervision must lie in [0, 1], got {self.deep_supervision}")
         _require(
+            self.deep_supervision == 0 or self.depth > 1,
+            "model.deep_supervision is the loss of earlier recursions, and model.depth 1 has none: leave it out or go deeper",
+        )
+        _require(
             not self.neurons or self.dim == self.heads * self.head_dim,
             f"model.dim ({self.dim}) must be model.heads × model.head_dim ({self.heads} × {self.head_dim}) for kind {self.kind}",
         )
@@ -192,6 +196,24 @@ class LearningConfig:
         _require(
             self.pi_alpha > 0 and self.pi_gamma >= 0, "learning.pi_alpha must be positive and learning.pi_gamma not negative"
         )
+
+    def foreign(self, rule: RuleName) -> dict[str, Any]:
+        """The options that are set, but do nothing under this rule, with their defaults."""
+        default = {f.name: f.default for f in dataclasses.fields(self)}
+        others = [name for name, rules in OPTIONS_OF.items() if rule not in rules]
+        return {name: default[name] for name in others if getattr(self, name) != default[name]}
+
+    def under(self, rule: RuleName) -> "LearningConfig":
+        """The same under another rule, without what does nothing there."""
+        return dataclasses.replace(self, rule=rule, **self.foreign(rule))
+
+
+OPTIONS_OF: dict[str, tuple[RuleName, ...]] = {
+    **dict.fromkeys(("granularity", "prior_sign", "neuron_cost", "goodness_gate", "centre"), ("sars",)),
+    **dict.fromkeys(("attract", "regress", "protect", "temperature", "l2", "renew"), ("msaps",)),
+    "balance": ("sars", "backprop"),
+}
+"""The rules that have a use for an option."""
 
 
 @dataclass(frozen=True)

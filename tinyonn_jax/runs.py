@@ -42,6 +42,7 @@ from tinyonn_jax.observe.metrics import duration
 from tinyonn_jax.observe.writers import MetricsWriter
 from tinyonn_jax.training import assemble, loop, sharding
 from tinyonn_jax.training.checkpoint import Checkpoints, meet, restore_params
+from tinyonn_jax.training.objective import make_rule
 from tinyonn_jax.training.state import TrainState
 from tinyonn_jax.training.step import Step
 
@@ -103,7 +104,7 @@ def begin(folder: Path, config: Config, preset: str, command: str = "") -> Run:
     `preset` and `command` are noted, for the record.
 
     Raises:
-        ConfigError: a run with another configuration is there.
+        ConfigError: a run with another configuration is there, or options are set that do nothing.
         DataError: the tasks cannot be used.
     """
     folder, before = Path(folder), stored_config(folder)
@@ -116,6 +117,7 @@ def begin(folder: Path, config: Config, preset: str, command: str = "") -> Run:
             f"{folder / CONFIG} differs from this command: {began}{'; '.join(changed)}; what a run began with stays: leave these "
             "out to go on with it, or begin another one with --workdir"
         )
+    make_rule(config)  # raises before anything is written
     sets = load_task_sets(config.data)
     with _alone(folder):
         origin = {"preset": preset, "command": command, "tinyonn_jax": __version__, "python": platform.python_version()}
@@ -198,7 +200,7 @@ def _train(run: Run, started: float | None, profile: int) -> None:
             return
         if done:
             say(f"going on from step {done} of {steps}")
-        say("the first step of each length is compiled: half a minute each, on a GPU up to three, or seconds from the compilation cache")
+        say("the first step of each length is compiled: half a minute each, on GPUs up to three, or seconds from the cache")
 
         def snapshot(_: int, state: Any, metrics: dict[str, Any]) -> None:
             arrays = assemble.routing_snapshot(state, metrics)

@@ -1,5 +1,6 @@
 """The main loss and its measures, by hand."""
 
+import dataclasses
 from functools import partial
 from typing import get_args
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.models import tiny
-from tinyonn_jax.config import Config, LearningConfig, RuleName
+from tinyonn_jax.config import OPTIONS_OF, Config, ConfigError, LearningConfig, RuleName
 from tinyonn_jax.learning import none
 from tinyonn_jax.models import transformer
 from tinyonn_jax.training.objective import make_loss, make_rule, measure, token_losses
@@ -80,3 +81,23 @@ def test_the_rule_decides_whether_the_main_loss_reaches_the_routers(name, isolat
 def test_configurations_name_their_rules(name):
     rule = make_rule(Config(learning=LearningConfig(rule=name)))
     assert rule.objective.__qualname__.startswith(f"{name}.")
+
+
+@pytest.mark.parametrize(
+    ("rule", "option"),
+    [("none", {"balance": 0.1}), ("backprop", {"centre": True}), ("msaps", {"granularity": "module"}), ("sars", {"l2": 0.0})],
+)
+def test_options_of_another_rule_are_refused_and_left_behind(rule, option):
+    """They would do nothing. `continual`, which tries many rules, gives each what is its own."""
+    learning = LearningConfig(rule=rule, pi_alpha=0.2, **option)
+    (name,) = option
+    with pytest.raises(ConfigError, match=f"learning.{name} belongs to rule .* and does nothing under {rule}"):
+        make_rule(Config(learning=learning))
+    assert learning.under(rule) == LearningConfig(rule=rule, pi_alpha=0.2)
+    owner = OPTIONS_OF[name][0]
+    assert learning.under(owner) == LearningConfig(rule=owner, pi_alpha=0.2, **option)
+
+
+def test_every_option_of_a_rule_is_known():
+    general = {"rule", "pi_alpha", "pi_gamma"}
+    assert {f.name for f in dataclasses.fields(LearningConfig)} - general == set(OPTIONS_OF)

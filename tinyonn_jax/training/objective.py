@@ -9,15 +9,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tinyonn_jax.config import Config
+from tinyonn_jax.config import OPTIONS_OF, Config, ConfigError
 from tinyonn_jax.learning import LearningRule, backprop, integrity, msaps, none, sars
 from tinyonn_jax.models import transformer
 from tinyonn_jax.training.step import Aux, LossFn
 
 
 def make_rule(config: Config) -> LearningRule:
-    """The learning rule that a configuration names."""
+    """The learning rule that a configuration names.
+
+    Raises:
+        ConfigError: options are set that do nothing under it.
+    """
     cfg = config.learning
+    for name in cfg.foreign(cfg.rule):
+        owners = " and ".join(OPTIONS_OF[name])
+        raise ConfigError(f"learning.{name} belongs to rule {owners} and does nothing under {cfg.rule}: leave it out")
     match cfg.rule:
         case "none":
             return none()
@@ -69,7 +76,7 @@ def make_loss(config: Config, rule: LearningRule) -> LossFn:
     cfg = config.model
 
     def loss_fn(params: Any, taps: Any, batch: Any) -> tuple[Array, Aux]:
-        deep = cfg.deep_supervision > 0 and cfg.depth > 1
+        deep = cfg.deep_supervision > 0
         out = transformer.apply(params, batch, cfg, taps, isolate=rule.isolate, steps=deep)
         loss, _ = token_losses(out.steps if out.steps is not None else out.logits, batch.tokens)
         mean = jnp.sum(loss * batch.loss_mask, (-2, -1)) / jnp.maximum(jnp.sum(batch.loss_mask), 1)
