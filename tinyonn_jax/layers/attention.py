@@ -34,8 +34,8 @@ class Cache:
 
     def _written(self, into: Array, new: Array, start: Array) -> Array:
         sequence, slot = jnp.arange(new.shape[0])[:, None], start[:, None] + jnp.arange(new.shape[1])
-        place = (sequence, slot) if self.layer is None else (self.layer, sequence, slot)
-        return into.at[place].set(new.astype(into.dtype), unique_indices=True)
+        at = (sequence, slot) if self.layer is None else (self.layer, sequence, slot)
+        return into.at[at].set(new.astype(into.dtype), unique_indices=True)
 
 
 @flax.struct.dataclass
@@ -141,18 +141,18 @@ def prefix_causal(
     length = jnp.clip(prefix, 1, q.shape[1])  # a first token by itself sees the same either way
     inside = (jnp.arange(q.shape[1]) < length[:, None])[..., None, None]
     attention = partial(jax.nn.dot_product_attention, implementation=implementation)
-    q_in, k_in, v_in = (_with_gradient(a, inside) for a in (q, k, v))
+    q_in, k_in, v_in = (_learning_inside(a, inside) for a in (q, k, v))
     within = attention(q_in, k_in, v_in, query_seq_lengths=length, key_value_seq_lengths=length)
     return jnp.where(inside, within, attention(q, k, v, is_causal=True))
 
 
 @jax.custom_vjp
-def _with_gradient(x, inside):
+def _learning_inside(x, inside):
     """x, whose gradient is zero outside, whatever the kernel leaves there."""
     return x
 
 
-_with_gradient.defvjp(lambda x, inside: (x, inside), lambda inside, g: (jnp.where(inside, g, 0), None))
+_learning_inside.defvjp(lambda x, inside: (x, inside), lambda inside, g: (jnp.where(inside, g, 0), None))
 
 
 # --- CPU: heads before positions, so that all sums are plain batched matmuls; nothing of size T × S is kept for the backward

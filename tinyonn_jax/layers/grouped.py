@@ -35,7 +35,10 @@ _choice: ContextVar[Choice] = ContextVar("grouped", default="auto")
 
 @contextmanager
 def using(choice: Choice) -> Iterator[None]:
-    """What is traced within (or by a function decorated with it) runs on this kernel; auto: on the platform's own."""
+    """What is traced within (or by a function decorated with it) runs on this kernel; auto: on the platform's own.
+
+    `jax.jit` traces a function once for arguments of one kind: what it has traced before stays on the kernel of then.
+    """
     token = _choice.set(choice)
     try:
         yield

@@ -208,14 +208,11 @@ ROUNDS = 8
 
 def _largest(v: Float[Array, "*N P"], k: int) -> Int[Array, "*N k"]:
     """Where the k largest are, falling; the first of equals first."""
-    rounds = _largest_by_rounds if k <= ROUNDS else _largest_by_sort
-    return jax.lax.platform_dependent(
-        v, cuda=partial(rounds, k=k), rocm=partial(rounds, k=k), default=partial(_largest_by_sort, k=k)
-    )
-
-
-def _largest_by_sort(v: Float[Array, "*N P"], k: int) -> Int[Array, "*N k"]:
-    return jax.lax.top_k(v, k)[1]
+    by_sort = lambda v: jax.lax.top_k(v, k)[1]  # noqa: E731
+    if k > ROUNDS:
+        return by_sort(v)
+    by_rounds = partial(_largest_by_rounds, k=k)
+    return jax.lax.platform_dependent(v, cuda=by_rounds, rocm=by_rounds, default=by_sort)
 
 
 def _largest_by_rounds(v: Float[Array, "*N P"], k: int) -> Int[Array, "*N k"]:

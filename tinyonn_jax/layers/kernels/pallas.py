@@ -123,12 +123,7 @@ def _weights_kernel(tile: _Tile, tapped: bool, first_ref, size_ref, x_ref, g_ref
         norm_ref[0][i, j, module] = jnp.sum(jnp.square(total))
 
 
-@jax.custom_jvp
-def forward(x, w, sizes):
-    return _times(x, w, sizes, transposed=False)
-
-
-def weights(tapped, x, w, sizes, g):
+def _weights(tapped, x, w, sizes, g):
     """dw, and, tapped, the squared norm of every module's."""
     modules, inputs, outputs = w.shape
     tile = _tile(inputs, outputs, -(-x.shape[0] // modules), x.dtype)
@@ -139,9 +134,14 @@ def weights(tapped, x, w, sizes, g):
     return dw, jnp.sum(norm[0], (0, 1)) if tapped else jnp.zeros(0)
 
 
+@jax.custom_jvp
+def forward(x, w, sizes):
+    return _times(x, w, sizes, transposed=False)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def backward(tapped, x, w, sizes, g):
-    dw, modules = weights(tapped, x, w, sizes, g)
+    dw, modules = _weights(tapped, x, w, sizes, g)
     return _times(g, w, sizes, transposed=True), dw, row_norms(tapped, x, g, sizes), modules
 
 
