@@ -4,7 +4,6 @@ The docstring below each field is its `--help` line.
 """
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -423,44 +422,3 @@ class Config:
             self.eval.entropy_stop == 0 or self.model.recursed,
             "eval.entropy_stop needs model.recursed: stacked blocks have no early answer",
         )
-
-
-# Fields that a resumed or evaluated run may change: they do not alter what is trained.
-FREE_FIELDS = ("mesh", "eval")
-
-
-def to_json(config: Config) -> str:
-    """The whole configuration as indented JSON."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def from_json(text: str) -> Config:
-    """The configuration that `to_json` wrote.
-
-    Raises:
-        ConfigError: not JSON, a field that this version does not know, or a value that cannot be.
-    """
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"not JSON ({error})") from None
-    _require(isinstance(data, dict), "must hold one JSON object")
-    parts: dict[str, Any] = {}
-    known = {f.name: f.default_factory for f in dataclasses.fields(Config)}
-    for name, values in data.items():
-        _require(name in known and isinstance(values, dict), f"unknown section {name!r}")
-        default = known[name]()  # pyright: ignore[reportCallIssue]
-        fields = {f.name for f in dataclasses.fields(default)}
-        for key in values:
-            _require(key in fields, f"unknown field {name}.{key}; it was written by another version")
-        parts[name] = type(default)(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    return Config(**parts)
-
-
-def differences(a: Config, b: Config) -> list[str]:
-    """The fields in which two configurations differ, as lines `section.field: a -> b`; `FREE_FIELDS` are passed over."""
-    lines = []
-    for section, values in dataclasses.asdict(a).items():
-        other = dataclasses.asdict(b)[section]
-        lines += [f"{section}.{k}: {v} -> {other[k]}" for k, v in values.items() if section not in FREE_FIELDS and v != other[k]]
-    return lines

@@ -32,7 +32,7 @@ from tinyonn_jax.arc.evaluate import exact_per_recursion
 from tinyonn_jax.arc.tasks import Task, TaskSets, load_task_sets, parse_task, read_json
 from tinyonn_jax.arc.tasks import from_json as tasks_from_json
 from tinyonn_jax.arc.tasks import to_json as tasks_to_json
-from tinyonn_jax.config import Config, ConfigError, differences, from_json, to_json
+from tinyonn_jax.config import Config, ConfigError
 from tinyonn_jax.layers import base, grouped
 from tinyonn_jax.models import transformer
 from tinyonn_jax.models.flops import useful_flops
@@ -40,6 +40,7 @@ from tinyonn_jax.observe.console import Progress
 from tinyonn_jax.observe.files import stored_preset, write_atomically
 from tinyonn_jax.observe.metrics import duration
 from tinyonn_jax.observe.writers import MetricsWriter
+from tinyonn_jax.stored import differences, from_json, to_json
 from tinyonn_jax.training import assemble, loop, sharding
 from tinyonn_jax.training.checkpoint import Checkpoints, meet, restore_params
 from tinyonn_jax.training.objective import make_rule

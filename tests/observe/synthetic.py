@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyonn_jax.config import to_json
 from tinyonn_jax.presets import PRESETS
+from tinyonn_jax.stored import to_json
 
 
 def rows(steps: int = 2200, every: int = 20, routed: bool = True, validate: int = 500) -> list[dict]:

@@ -12,10 +12,11 @@ import tyro
 from rich.console import Console
 
 from tests.observe import synthetic
-from tinyonn_jax.config import Config, ConfigError, from_json
+from tinyonn_jax.config import Config, ConfigError
 from tinyonn_jax.observe.compare import compare, comparison
 from tinyonn_jax.observe.report import grid_svg, preset_and_flags, write_report
 from tinyonn_jax.presets import PRESETS
+from tinyonn_jax.stored import from_json
 
 VOID = {"meta", "img", "path"}
 

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from tinyonn_jax import cli, runs
-from tinyonn_jax.config import ConfigError, from_json
+from tinyonn_jax.config import ConfigError
 from tinyonn_jax.presets import PRESETS
+from tinyonn_jax.stored import from_json
 from tinyonn_jax.training.checkpoint import steps
 
 ROOT = Path(__file__).parents[2]

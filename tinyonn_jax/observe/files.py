@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinyonn_jax.config import Config, ConfigError, from_json
+from tinyonn_jax.config import Config, ConfigError
+from tinyonn_jax.stored import from_json
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:

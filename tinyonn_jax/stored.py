@@ -1,0 +1,50 @@
+"""A configuration as a run folder keeps it: as JSON, and what another one has otherwise."""
+
+import dataclasses
+import json
+from typing import Any
+
+from tinyonn_jax.config import Config, ConfigError
+
+FREE_FIELDS = ("mesh", "eval")
+"""Sections that a resumed or evaluated run may change: they do not alter what is trained."""
+
+
+def to_json(config: Config) -> str:
+    """The whole configuration as indented JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The configuration that `to_json` wrote.
+
+    Raises:
+        ConfigError: not JSON, a field that this version does not know, or a value that cannot be.
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise ConfigError("must hold one JSON object")
+    parts: dict[str, Any] = {}
+    known = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    for name, values in data.items():
+        if name not in known or not isinstance(values, dict):
+            raise ConfigError(f"unknown section {name!r}")
+        default = known[name]()  # pyright: ignore[reportCallIssue]
+        fields = {f.name for f in dataclasses.fields(default)}
+        for key in values:
+            if key not in fields:
+                raise ConfigError(f"unknown field {name}.{key}; it was written by another version")
+        parts[name] = type(default)(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return Config(**parts)
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """The fields in which two configurations differ, as lines `section.field: a -> b`; `FREE_FIELDS` are passed over."""
+    lines = []
+    for section, values in dataclasses.asdict(a).items():
+        other = dataclasses.asdict(b)[section]
+        lines += [f"{section}.{k}: {v} -> {other[k]}" for k, v in values.items() if section not in FREE_FIELDS and v != other[k]]
+    return lines
