@@ -1,8 +1,11 @@
 """Train on ARC-AGI, mixed or task after task, evaluate, predict, report, compare: `python experiments/arc.py COMMAND --help`."""
 
+import signal
 import time
 
-STARTED = time.time()  # before the imports, which take seconds
+STARTED = time.time()
+if __name__ == "__main__":  # the imports take seconds: until they are done, Ctrl-C ends this without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import re  # noqa: E402
 import shlex  # noqa: E402
@@ -132,4 +135,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, cli.interrupted)
     cli.leave(cli.guard(main))

@@ -300,6 +300,17 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
+def interrupted(*_: Any) -> NoReturn:
+    """Ctrl-C while nothing is there to be saved: ends at once, with 130. KeyboardInterrupt, Python's way, is lost where it
+    comes up in a callback, say the garbage collector's, to which JAX gives one; only processes of one run need its way out."""
+    if jax.distributed.is_initialized():
+        raise KeyboardInterrupt
+    with contextlib.suppress(RuntimeError):  # in the middle of a print
+        sys.stdout.flush()
+    os.write(2, b"error: interrupted\n")
+    os._exit(130)
+
+
 def _fail(line: str, status: int) -> int:
     print(f"error: {line}", file=sys.stderr, flush=True)
     return status

@@ -213,11 +213,15 @@ def _train(run: Run, started: float | None, profile: int) -> None:
         measure = assemble.make_validation(program)
         validate = None if course.test is None else partial(course.test, measure)
         schedule = replace(config.train, validate_every=steps // config.data.sequence) if config.data.sequence else config.train
-        with _writer(folder, done, process) as writer, Progress(steps, done, process) as display:
+        with (
+            _traced(program.step, profile, folder / "profile", say) as step,
+            _writer(folder, done, process) as writer,
+            Progress(steps, done, process) as display,
+        ):
             if config.data.sequence and not done and validate is not None:
                 writer.write(0, validate(state))  # what forward transfer is measured against
             loop.run(
-                _traced(program.step, profile, folder / "profile", say) if profile else program.step,
+                step,
                 state,
                 batches,
                 schedule,
@@ -235,9 +239,14 @@ def _train(run: Run, started: float | None, profile: int) -> None:
     say(f"{steps} of {steps} steps done; {_next(folder)}")
 
 
-def _traced(step: Step, count: int, folder: Path, say: Callable[[str], None], after: int = 10) -> Step:
-    """The step, of which so many calls are traced once others have compiled."""
+@contextlib.contextmanager
+def _traced(step: Step, count: int, folder: Path, say: Callable[[str], None], after: int = 10) -> Iterator[Step]:
+    """The step, of which so many calls are traced once others have compiled, or as many as there are before the run ends."""
     calls = 0
+
+    def stop(traced: int) -> None:
+        jax.profiler.stop_trace()
+        say(f"traced {traced} steps into {folder}: for TensorBoard's profiler, or trace.json.gz for ui.perfetto.dev")
 
     def traced(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         nonlocal calls
@@ -247,11 +256,16 @@ def _traced(step: Step, count: int, folder: Path, say: Callable[[str], None], af
         out = step(state, batch)
         if calls == after + count:
             jax.block_until_ready(out)
-            jax.profiler.stop_trace()
-            say(f"traced {count} steps into {folder}: for TensorBoard's profiler, or trace.json.gz for ui.perfetto.dev")
+            stop(count)
         return out
 
-    return traced
+    try:
+        yield traced if count else step
+    finally:
+        if after < calls < after + count:
+            stop(calls - after)
+        elif count and calls <= after:
+            say(f"nothing traced: the first {after} steps are left out, and this run took {calls}")
 
 
 class _Course(NamedTuple):

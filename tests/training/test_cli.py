@@ -112,13 +112,24 @@ def test_train_says_what_it_does_and_leaves_what_it_should(first):
     assert json.loads((folder / "run.json").read_text())["preset"] == "smoke"
 
 
-def test_profile_traces_as_many_steps_as_it_is_asked_for(tmp_path):
+@pytest.mark.parametrize(("calls", "traced"), [(15, 2), (11, 1), (10, 0)])
+def test_profile_traces_as_many_steps_as_it_is_asked_for_or_as_there_are(tmp_path, calls, traced):
     said, state = [], 0
-    step = runs._traced(lambda state, batch: (state + 1, {}), 2, tmp_path, said.append)
-    for calls in range(1, 16):
-        state, _ = step(state, None)
-        assert len(said) == (calls >= 12)
-    assert state == 15 and "traced 2 steps" in said[0] and len(list(tmp_path.rglob("*.trace.json.gz"))) == 1
+    with runs._traced(lambda state, batch: (state + 1, {}), 2, tmp_path, said.append) as step:
+        for call in range(1, calls + 1):
+            state, _ = step(state, None)
+            assert len(said) == (call >= 12)
+    assert state == calls and len(list(tmp_path.rglob("*.trace.json.gz"))) == min(traced, 1)
+    assert (f"traced {traced} steps" if traced else "nothing traced") in said[0] and len(said) == 1
+
+
+def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector():
+    code = (
+        "import gc, os, signal; from tinyonn_jax import cli; signal.signal(signal.SIGINT, cli.interrupted); print('begun');"
+        "gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGINT)); gc.collect(); print('went on')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "begun\n", "error: interrupted\n")
 
 
 def test_a_folder_that_another_process_trains_into_is_refused(copy, monkeypatch, capsys):
