@@ -88,7 +88,8 @@ def predict(args: cli.Predict) -> None:
     if bool(args.task) == (args.file is not None):
         raise ConfigError("predict needs one of --task ID and --file FILE")
     task = runs.find_task(run, args.task) if args.file is None else runs.read_task(run, args.file)
-    predictions = runs.load(run, checkpoint, print).answer((task,))
+    trained = runs.load(run, checkpoint, print)
+    predictions = trained.ranked(trained.answer((task,)), (task,))
     for line in predictions.too_long:
         print(line)
     entries = submission.entries(predictions)[task.id]

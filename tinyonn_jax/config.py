@@ -340,6 +340,8 @@ class EvalConfig:
     """greedy: one completion a view; search: every completion above eval.min_probability."""
     min_probability: float = 0.1
     """search: completions at least this probable are found and vote."""
+    finalists: int = 0
+    """Candidates with most votes that are ranked anew, by their mean log-probability in every view; 0: votes decide alone."""
     batch: int = 64
     """Sequences decoded side by side."""
     entropy_stop: float = 0.0
@@ -351,6 +353,10 @@ class EvalConfig:
         _require_types(self, "eval")
         _require(self.augmentations >= 1, f"eval.augmentations must be at least 1, got {self.augmentations}")
         _require(0 < self.min_probability <= 1, f"eval.min_probability must lie in (0, 1], got {self.min_probability}")
+        _require(
+            self.finalists == 0 or self.finalists >= 2,
+            f"eval.finalists must be 0, or at least 2 for there to be an order among them, got {self.finalists}",
+        )
         _require(self.batch >= 1, f"eval.batch must be at least 1, got {self.batch}")
         _require(self.entropy_stop >= 0, f"eval.entropy_stop must not be negative, got {self.entropy_stop}")
 

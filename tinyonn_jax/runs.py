@@ -28,7 +28,7 @@ from tinyonn_jax.arc import submission
 from tinyonn_jax.arc.batches import Batch, batch_at, build_dataset, validation_batches
 from tinyonn_jax.arc.continual import build_stages
 from tinyonn_jax.arc.evaluate import evaluate as answer
-from tinyonn_jax.arc.evaluate import exact_per_recursion
+from tinyonn_jax.arc.forced import exact_per_recursion, ranked
 from tinyonn_jax.arc.tasks import Task, TaskSets, load_task_sets, parse_task, read_json
 from tinyonn_jax.arc.tasks import from_json as tasks_from_json
 from tinyonn_jax.arc.tasks import to_json as tasks_to_json
@@ -308,30 +308,35 @@ class Trained:
 
     def answer(self, tasks: tuple[Task, ...], say: Say | None = None) -> submission.Predictions:
         """Answers every test input of `tasks` as `run.config.eval` says, many processes together; `say` reports progress."""
-        config = self.run.config
-        started = last = time.monotonic()
-
-        def progress(done: int, total: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if say is not None and done and (done == total or now - last > 5):
-                last, rate = now, done / max(now - started, 1e-9)
-                pace = f"{rate:,.0f} a second" if rate >= 10 else f"{60 * rate:,.0f} a minute"
-                say(f"decoded {done:,} of {total:,} sequences, {pace}, {duration((total - done) / rate)} left")
-
         return answer(
-            assemble.make_decoder(config, self.mesh),
+            assemble.make_decoder(self.run.config, self.mesh),
             self.params,
             tasks,
-            self.run.sets.task_ids,
-            config.data,
-            config.eval,
-            seed=config.train.seed,
             checkpoint=self.step,
-            progress=progress,
-            process=(jax.process_index(), jax.process_count()),
-            gather=_gather if jax.process_count() > 1 else None,
+            **self._work("decoded", say),
         )
+
+    def ranked(
+        self, predictions: submission.Predictions, tasks: tuple[Task, ...], say: Say | None = None
+    ) -> submission.Predictions:
+        """What `answer` found, with the finalists of each vote, if `run.config.eval` wants any, ranked by their likelihood."""
+        if not self.run.config.eval.finalists:
+            return predictions
+        score = partial(assemble.make_scorer(self.run.config, self.mesh), self.params)
+        return ranked(predictions, score, tasks, multiple=sharding.row_shards(self.mesh), **self._work("scored", say))
+
+    def _work(self, done: str, say: Say | None) -> dict[str, Any]:
+        """What answering and ranking need to know alike; `done` says what happens to sequences."""
+        config, processes = self.run.config, jax.process_count()
+        return {
+            "task_ids": self.run.sets.task_ids,
+            "data": config.data,
+            "cfg": config.eval,
+            "seed": config.train.seed,
+            "progress": None if say is None else _pace(done, say),
+            "process": (jax.process_index(), processes),
+            "gather": _gather if processes > 1 else None,
+        }
 
     def per_recursion(self, tasks: tuple[Task, ...]) -> list[float] | None:
         """The share of test outputs that greedy decoding has right after each recursion; None if no output is known."""
@@ -341,6 +346,21 @@ class Trained:
         forward = partial(steps, self.params)
         shares = exact_per_recursion(forward, tasks, self.run.sets.task_ids, config.data, config.eval)
         return None if np.isnan(shares[0]) else shares
+
+
+def _pace(what: str, say: Say) -> Callable[[int, int], None]:
+    """Reports how many of all sequences are done, every five seconds and in the end."""
+    started = last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done and (done == total or now - last > 5):
+            last, rate = now, done / max(now - started, 1e-9)
+            pace = f"{rate:,.0f} a second" if rate >= 10 else f"{60 * rate:,.0f} a minute"
+            say(f"{what} {done:,} of {total:,} sequences, {pace}, {duration((total - done) / rate)} left")
+
+    return progress
 
 
 def load(run: Run, checkpoint: Which, say: Say) -> Trained:
@@ -376,6 +396,7 @@ def evaluate(run: Run, checkpoint: Which) -> dict[str, Any] | None:
     started = time.monotonic()
     predictions = trained.answer(run.sets.evaluation, say)
     seconds = time.monotonic() - started
+    predictions = trained.ranked(predictions, run.sets.evaluation, say)
     if process:
         meet("score")
         return None

@@ -125,7 +125,10 @@ def test_save_writes_three_files(tmp_path):
         "input": [[0]],
         "truth": [[2]],
         "greedy": [[3]],
-        "candidates": [{"grid": [[3]], "votes": 3, "logprob": 0.0}, {"grid": [[2]], "votes": 2, "logprob": -1.5}],
+        "candidates": [
+            {"grid": [[3]], "votes": 3, "logprob": 0.0, "likelihood": None},
+            {"grid": [[2]], "votes": 2, "logprob": -1.5, "likelihood": None},
+        ],
     }
     assert stored["tasks"]["d"] == [{"input": [[0]], "truth": [[7]], "greedy": None, "candidates": []}]
 

@@ -275,6 +275,16 @@ def test_evaluate_predict_and_report_need_the_folder_alone(copy, tmp_path, monke
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_of_a_single_view_a_finalist_is_as_likely_as_it_was_decoded(copy):
+    done = run("evaluate", "--workdir", copy, "--augmentations", "1", "--finalists", "2")
+    assert done.returncode == 0, done.stderr
+    entries = [e for answers in json.loads((copy / "predictions.json").read_text())["tasks"].values() for e in answers]
+    found = [candidate for entry in entries for candidate in entry["candidates"]]
+    assert found and [c["likelihood"] for c in found] == pytest.approx([c["logprob"] for c in found], abs=1e-4)
+    assert f"scored {len(found)} of {len(found)} sequences" in done.stdout
+    assert json.loads((copy / "score.json").read_text())["eval"]["finalists"] == 2
+
+
 def bad_tasks(folder: Path) -> Path:
     """A folder with one good task and one whose grid has a colour of 12."""
     folder.mkdir()

@@ -98,8 +98,9 @@ def test_two_processes_train_as_one_and_either_goes_on_from_the_other(reference,
 
 def test_two_processes_share_an_evaluation_and_the_first_writes_the_score_of_one(reference, tmp_path, unused_port):
     two = Path(shutil.copytree(reference, tmp_path / "two"))
-    finish(start(reference, ("evaluate",)), 0)
-    said = [finish(program, 0) for program in start_two(two, ("evaluate",), unused_port)]
+    command = ("evaluate", "--finalists", "3")
+    finish(start(reference, command), 0)
+    said = [finish(program, 0) for program in start_two(two, command, unused_port)]
     assert "2 processes share" in said[0] and "pass@2" in said[0]
     assert "devices:" not in said[1] and "decoded" not in said[1] and "pass@2" not in said[1]
     assert (two / "submission.json").read_bytes() == (reference / "submission.json").read_bytes()
@@ -113,7 +114,8 @@ def test_two_processes_share_an_evaluation_and_the_first_writes_the_score_of_one
     for entry, other in zip(entries, others, strict=True):
         assert entry["greedy"] == other["greedy"]
         assert [(c["grid"], c["votes"]) for c in entry["candidates"]] == [(c["grid"], c["votes"]) for c in other["candidates"]]
-        assert [c["logprob"] for c in entry["candidates"]] == pytest.approx([c["logprob"] for c in other["candidates"]], abs=1e-4)
+        for key in ("logprob", "likelihood"):
+            assert [c[key] for c in entry["candidates"]] == pytest.approx([c[key] for c in other["candidates"]], abs=1e-4)
 
 
 def mesh_of(processes: list[int], expert: int) -> SimpleNamespace:

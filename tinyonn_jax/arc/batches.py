@@ -5,6 +5,7 @@ bucketed by length under a fixed token budget. Letters: B batch, T positions (th
 V views of each (8 dihedral ones, or 1), S stored tokens.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -228,6 +229,30 @@ def _fill(queries: Sequence[Query], rows: int, length: int, format: Format, answ
 def bucket_for(length: int, buckets: Sequence[int]) -> int | None:
     """The shortest bucket that holds `length` tokens; None if none does."""
     return next((bucket for bucket in buckets if length <= bucket), None)
+
+
+def rows_of(task_ids: Sequence[str], blank: bool = False) -> dict[str, int]:
+    """Rows of the task embedding by task id; none if they are to be blank."""
+    return {} if blank else {name: row for row, name in enumerate(task_ids)}
+
+
+def by_bucket(queries: Sequence[Query], data: DataConfig, answer: bool = False) -> tuple[dict[int, list[Query]], tuple[str, ...]]:
+    """Queries by bucket, shortest prompts first (`answer`: with their true answers), and a line for each test input with a view
+    that fits no bucket."""
+    sizes = [len(encode_query(query, data.format, answer).tokens) for query in queries]
+    groups: dict[int, list[Query]] = defaultdict(list)
+    misfits: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for size, query in sorted(zip(sizes, queries, strict=True), key=lambda item: item[0]):
+        bucket = bucket_for(size, data.buckets)
+        if bucket is None:
+            misfits[query.task.id, query.test].append(size)
+        else:
+            groups[bucket].append(query)
+    return groups, tuple(
+        f"task {name}, test input {test + 1}: the prompts of {len(sizes)} views are longer than the largest bucket "
+        f"({data.buckets[-1]} tokens) and go unanswered; the longest has {sizes[-1]}: train with larger --data.buckets for them"
+        for (name, test), sizes in sorted(misfits.items())
+    )
 
 
 class _Plan(NamedTuple):

@@ -1,23 +1,19 @@
-"""Evaluation: every test input in several views, decoded in batches, voted on; and the exact match of teacher-forced sequences.
+"""Evaluation: every test input in several views, decoded in batches, and voted on.
 
-The two agree: a greedy answer is right exactly when every teacher-forced arg-max is, which validation uses (one forward pass, no
-decoding). Letters: B sequences, T positions, V vocabulary, R recursions, W completions a query, K prompts, P processes, S prompts
-of each. Source: ARC.md.
+Letters: W completions a query, K prompts, P processes, S prompts of each. Source: ARC.md.
 """
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.arc import generate
 from tinyonn_jax.arc.augment import Augmentation, views
-from tinyonn_jax.arc.batches import Batch, Prompts, Query, answered, bucket_for, encode_query, prompts
+from tinyonn_jax.arc.batches import Prompts, Query, by_bucket, encode_query, prompts, rows_of
 from tinyonn_jax.arc.submission import Prediction, Predictions
 from tinyonn_jax.arc.tasks import Pair, Task
 from tinyonn_jax.arc.tokens import END, MAX_SIDE
@@ -78,14 +74,14 @@ def evaluate(
         gather: makes arrays `[P,S,…]` of those of each process `[S,…]`, and waits for all; needed where P > 1.
     """
     cap = answer_cap(data) if cap is None else cap
-    rows = _rows(task_ids, cfg)
+    rows = rows_of(task_ids, cfg.blank_task)
     queries = [
         Query(task, test, rows.get(task.id, -1), view)
         for task in tasks
         for view in views(task, cfg.augmentations, seed, data.permute_zero)
         for test in range(len(task.test))
     ]
-    groups, too_long = _group(queries, data)
+    groups, too_long = by_bucket(queries, data)
     p, processes = process
 
     def decode(work: _Work, width: int, run: Callable[[_Ask, int], _Found]) -> _Answers:
@@ -153,56 +149,6 @@ def evaluate(
     return Predictions(found, cfg.augmentations, checkpoint, too_long, len(plain.asked) + len(everything.asked))
 
 
-@jax.jit
-def exact(logits: Float[Array, "*R B T V"], batch: Batch) -> Bool[Array, "*R B"]:
-    """Whether every token that a sequence is trained on is the arg-max before it; true for a row that only fills the batch."""
-    right = jnp.argmax(logits, -1)[..., :-1] == batch.tokens[:, 1:]
-    return jnp.all(right | (batch.loss_mask[:, :-1] == 0), -1)
-
-
-def exact_per_step(apply_fn: Callable[[Batch], Array], batches: Iterable[Batch]) -> list[float]:
-    """The share in [0, 1] of sequences with every output token right after each recursion; one NaN for no sequences.
-
-    `apply_fn` gives logits `[R,B,T,V]`.
-    """
-    right, sequences = np.zeros(1), 0
-    for batch in batches:
-        real = np.asarray(batch.length) > 0
-        right = right + np.sum(np.asarray(exact(apply_fn(batch), batch)) & real, -1)
-        sequences += int(real.sum())
-    return (right / sequences if sequences else right + np.nan).tolist()
-
-
-def exact_per_recursion(
-    apply_fn: Callable[[Batch], Array], tasks: Sequence[Task], task_ids: Sequence[str], data: DataConfig, cfg: EvalConfig
-) -> list[float]:
-    """The share of known test outputs that the greedy answer would have right after 1, …, R recursions, without augmentation.
-
-    If the first already has what the last has, recursion is not earning its cost. `apply_fn` gives logits `[R,B,T,V]`. What fits
-    no bucket counts as wrong. NaN if no output is known.
-    """
-    rows = _rows(task_ids, cfg)
-    known = [
-        Query(task, i, rows.get(task.id, -1), Augmentation())
-        for task in tasks
-        for i, test in enumerate(task.test)
-        if test.output is not None
-    ]
-    groups, _ = _group(known, data, answer=True)
-    batches = (
-        answered(group[i : i + cfg.batch], cfg.batch, bucket, data.format)
-        for bucket, group in groups.items()
-        for i in range(0, len(group), cfg.batch)
-    )
-    fitting = sum(map(len, groups.values())) / max(len(known), 1)
-    return [share * fitting for share in exact_per_step(apply_fn, batches)]
-
-
-def _rows(task_ids: Sequence[str], cfg: EvalConfig) -> dict[str, int]:
-    """Rows of the task embedding by task id; none for blank ones."""
-    return {} if cfg.blank_task else {name: row for row, name in enumerate(task_ids)}
-
-
 def _distinct(groups: Mapping[int, Sequence[Query]], data: DataConfig) -> _Work:
     """The work that queries, by bucket, are: prompts are equal when the model is told the same."""
     work, numbers = _Work([], []), {}
@@ -216,22 +162,3 @@ def _distinct(groups: Mapping[int, Sequence[Query]], data: DataConfig) -> _Work:
                 work.asked.append((bucket, query))
             work.askers.append((query, numbers[told]))
     return work
-
-
-def _group(queries: Sequence[Query], data: DataConfig, answer: bool = False) -> tuple[dict[int, list[Query]], tuple[str, ...]]:
-    """Queries by bucket, shortest prompts first (`answer`: with their true answers), and a line for each test input with a view
-    that fits no bucket."""
-    sizes = [len(encode_query(query, data.format, answer).tokens) for query in queries]
-    groups: dict[int, list[Query]] = defaultdict(list)
-    misfits: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for size, query in sorted(zip(sizes, queries, strict=True), key=lambda item: item[0]):
-        bucket = bucket_for(size, data.buckets)
-        if bucket is None:
-            misfits[query.task.id, query.test].append(size)
-        else:
-            groups[bucket].append(query)
-    return groups, tuple(
-        f"task {name}, test input {test + 1}: the prompts of {len(sizes)} views are longer than the largest bucket "
-        f"({data.buckets[-1]} tokens) and go unanswered; the longest has {sizes[-1]}: train with larger --data.buckets for them"
-        for (name, test), sizes in sorted(misfits.items())
-    )

@@ -61,7 +61,10 @@ def entries(predictions: Predictions) -> dict[str, list[dict[str, Any]]]:
                 "input": plain(p.input),
                 "truth": plain(p.truth),
                 "greedy": plain(p.greedy),
-                "candidates": [{"grid": plain(c.grid), "votes": c.votes, "logprob": c.logprob} for c in p.candidates[:KEPT]],
+                "candidates": [
+                    {"grid": plain(c.grid), "votes": c.votes, "logprob": c.logprob, "likelihood": c.likelihood}
+                    for c in p.candidates[:KEPT]
+                ],
             }
             for p in answers
         ]

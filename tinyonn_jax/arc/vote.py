@@ -24,11 +24,15 @@ class Answer(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A grid in the original view, the answers that agree on it, and their mean log-probability."""
+    """A grid in the original view, the answers that agree on it, and their mean log-probability.
+
+    `likelihood`: its mean log-probability over all views, whatever they answered, where that was asked for (`forced.ranked`).
+    """
 
     grid: Grid
     votes: int
     logprob: float
+    likelihood: float | None = None
 
 
 def read(answer: Answer) -> Grid | None:

@@ -15,10 +15,10 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from tinyonn_jax.arc.batches import Batch
-from tinyonn_jax.arc.evaluate import exact
+from tinyonn_jax.arc.forced import exact
 from tinyonn_jax.arc.generate import Decoder
 from tinyonn_jax.config import Config, ConfigError, ModelConfig
 from tinyonn_jax.layers import base, grouped
@@ -151,17 +151,37 @@ def make_decoder(config: Config, mesh: Mesh) -> Decoder:
     """The model as something that continues sequences, rows split over the devices."""
     cfg = config.model
 
-    def rows(tree: Any, axis: int) -> Any:
-        split = NamedSharding(mesh, PartitionSpec(*(None,) * axis, *sharding.rows(mesh)))
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, split), tree)
-
     @placed(config, mesh)
     def decode(params, cache, *inputs):
-        tokens, positions, start, prefix, task, dihedral = rows(inputs, 0)
+        tokens, positions, start, prefix, task, dihedral = _by_rows(mesh, inputs)
         stop = config.eval.entropy_stop
         return transformer.decode(params, cache, tokens, positions, start, prefix, task, dihedral, cfg, stop=stop)
 
-    return Decoder(lambda batch, length: rows(transformer.init_cache(cfg, batch, length), 1), decode, sharding.row_shards(mesh))
+    def init_cache(batch: int, length: int) -> Any:
+        return _by_rows(mesh, transformer.init_cache(cfg, batch, length), axis=1)
+
+    return Decoder(init_cache, decode, sharding.row_shards(mesh))
+
+
+def make_scorer(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Float[Array, "B"]]:
+    """The model as something that, with parameters and a batch, gives the log-probability, in nats, of what each sequence is
+    trained on; rows split over the devices, which must divide them."""
+
+    @jax.jit
+    @placed(config, mesh)
+    def score(params: Any, batch: Any) -> Float[Array, "B"]:
+        batch = _by_rows(mesh, batch)
+        logits = transformer.apply(params, batch, config.model, stop=config.eval.entropy_stop).logits
+        loss, _ = token_losses(logits, batch.tokens)
+        return -jnp.sum(loss * batch.loss_mask, -1)
+
+    return score
+
+
+def _by_rows(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
+    """Arrays with their rows, along `axis`, split over the devices."""
+    split = NamedSharding(mesh, PartitionSpec(*(None,) * axis, *sharding.rows(mesh)))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, split), tree)
 
 
 def count_parameters(spec: Any) -> dict[str, Any]:

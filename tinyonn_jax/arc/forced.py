@@ -1,0 +1,146 @@
+"""What a teacher-forced pass says of answers: whether every token of them is the likeliest, and how probable they are.
+
+A greedy answer is right exactly when every teacher-forced arg-max is, which validation uses: one forward pass, no decoding.
+Letters: B sequences, T positions, V vocabulary, R recursions, P processes. Source: ARC.md; the ranking is the product of experts
+of Franzen et al. (2025, arXiv 2505.07859).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from tinyonn_jax.arc.augment import Augmentation, views
+from tinyonn_jax.arc.batches import Batch, Query, answered, bucket_for, by_bucket, encode_query, rows_of
+from tinyonn_jax.arc.generate import round_up
+from tinyonn_jax.arc.submission import Prediction, Predictions
+from tinyonn_jax.arc.tasks import Task
+from tinyonn_jax.config import DataConfig, EvalConfig
+
+
+@jax.jit
+def exact(logits: Float[Array, "*R B T V"], batch: Batch) -> Bool[Array, "*R B"]:
+    """Whether every token that a sequence is trained on is the arg-max before it; true for a row that only fills the batch."""
+    right = jnp.argmax(logits, -1)[..., :-1] == batch.tokens[:, 1:]
+    return jnp.all(right | (batch.loss_mask[:, :-1] == 0), -1)
+
+
+def exact_per_step(apply_fn: Callable[[Batch], Array], batches: Iterable[Batch]) -> list[float]:
+    """The share in [0, 1] of sequences with every output token right after each recursion; one NaN for no sequences.
+
+    `apply_fn` gives logits `[R,B,T,V]`.
+    """
+    right, sequences = np.zeros(1), 0
+    for batch in batches:
+        real = np.asarray(batch.length) > 0
+        right = right + np.sum(np.asarray(exact(apply_fn(batch), batch)) & real, -1)
+        sequences += int(real.sum())
+    return (right / sequences if sequences else right + np.nan).tolist()
+
+
+def exact_per_recursion(
+    apply_fn: Callable[[Batch], Array], tasks: Sequence[Task], task_ids: Sequence[str], data: DataConfig, cfg: EvalConfig
+) -> list[float]:
+    """The share of known test outputs that the greedy answer would have right after 1, …, R recursions, without augmentation.
+
+    If the first already has what the last has, recursion is not earning its cost. `apply_fn` gives logits `[R,B,T,V]`. What fits
+    no bucket counts as wrong. NaN if no output is known.
+    """
+    rows = rows_of(task_ids, cfg.blank_task)
+    known = [
+        Query(task, i, rows.get(task.id, -1), Augmentation())
+        for task in tasks
+        for i, test in enumerate(task.test)
+        if test.output is not None
+    ]
+    groups, _ = by_bucket(known, data, answer=True)
+    batches = (
+        answered(group[i : i + cfg.batch], cfg.batch, bucket, data.format)
+        for bucket, group in groups.items()
+        for i in range(0, len(group), cfg.batch)
+    )
+    fitting = sum(map(len, groups.values())) / max(len(known), 1)
+    return [share * fitting for share in exact_per_step(apply_fn, batches)]
+
+
+class _Claim(NamedTuple):
+    """A candidate as the answer to a query: whose it is (task id, test input, place in the vote), and its bucket."""
+
+    place: tuple[str, int, int]
+    bucket: int
+    query: Query
+
+
+def ranked(
+    predictions: Predictions,
+    score: Callable[[Batch], Float[Array, "B"]],
+    tasks: Sequence[Task],
+    task_ids: Sequence[str],
+    data: DataConfig,
+    cfg: EvalConfig,
+    *,
+    seed: int = 0,
+    multiple: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    process: tuple[int, int] = (0, 1),
+    gather: Callable[[Any], Any] | None = None,
+) -> Predictions:
+    """The predictions, with the first `cfg.finalists` of every vote ordered anew: by their mean log-probability in all views.
+
+    A vote hears of every view its likeliest answer; here each also says what it thinks of the answers of the others, and one that
+    finds a grid improbable can rule it out. A view in which a grid fits no bucket has no say; a finalist without any keeps its
+    place after the others.
+
+    Args:
+        score: log-probability of what the sequences of a batch are trained on, in nats.
+        task_ids, seed, process, gather: as for `evaluate`, whose predictions these are.
+        multiple: what the rows of a batch divide by.
+        progress: called with the number of sequences that this process has scored so far, and of all that it will.
+    """
+    rows, claims = rows_of(task_ids, cfg.blank_task), []
+    for task in tasks:
+        seen = views(task, cfg.augmentations, seed, data.permute_zero)
+        for test, prediction in enumerate(predictions.tasks[task.id]):
+            for number, candidate in enumerate(prediction.candidates[: cfg.finalists]):
+                pairs = [replace(pair, output=candidate.grid) if i == test else pair for i, pair in enumerate(task.test)]
+                claimed = replace(task, test=tuple(pairs))
+                for view in seen:
+                    query = Query(claimed, test, rows.get(task.id, -1), view)
+                    bucket = bucket_for(len(encode_query(query, data.format, answer=True).tokens), data.buckets)
+                    if bucket is not None:
+                        claims.append(_Claim((task.id, test, number), bucket, query))
+    claims.sort(key=lambda claim: claim.bucket)
+
+    p, processes = process
+    mine = claims[p::processes]
+    logprob = np.zeros(-(-len(claims) // processes), np.float32)  # claim i is number i // P of process i % P
+    size = round_up(cfg.batch, multiple)
+    for bucket, members in groupby(range(len(mine)), lambda i: mine[i].bucket):
+        numbers = list(members)
+        for some in (numbers[i : i + size] for i in range(0, len(numbers), size)):
+            batch = answered([mine[i].query for i in some], size, bucket, data.format)
+            logprob[some] = np.asarray(score(batch))[: len(some)]
+            if progress:
+                progress(some[-1] + 1, len(mine))
+    if gather:
+        logprob = gather(logprob).T.ravel()
+    heard: dict[tuple[str, int, int], list[float]] = defaultdict(list)
+    for claim, value in zip(claims, logprob.tolist(), strict=False):
+        heard[claim.place].append(value)
+
+    def anew(name: str, test: int, prediction: Prediction) -> Prediction:
+        scored = [
+            candidate._replace(likelihood=float(np.mean(heard[name, test, number])) if (name, test, number) in heard else None)
+            for number, candidate in enumerate(prediction.candidates)
+        ]
+        scored.sort(key=lambda candidate: -np.inf if candidate.likelihood is None else candidate.likelihood, reverse=True)
+        return replace(prediction, candidates=tuple(scored))
+
+    found = {name: tuple(anew(name, i, p) for i, p in enumerate(answers)) for name, answers in predictions.tasks.items()}
+    return replace(predictions, tasks=found)
