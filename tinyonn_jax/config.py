@@ -224,7 +224,7 @@ class OptimConfig:
     muon_lr: float = 0.02
     """Peak learning rate of Muon."""
     lr: float = 3e-3
-    """Peak learning rate of AdamW in the main group."""
+    """Peak learning rate of AdamW in the main group: embeddings, norms, head; with optim.matrices adamw the matrices too."""
     weight_decay: float = 0.1
     """Decoupled weight decay of main matrices."""
     clip: float = 1.0

@@ -44,6 +44,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "demo": (
         "the 30 smallest ARC-AGI-1 training tasks; about five minutes on two CPU cores, dense half of that",
         Config(
+            optim=OptimConfig(lr=1e-2),
             data=DataConfig(smallest=30, buckets=(24, 32, 48, 64), tokens_per_batch=1024),
             train=TrainConfig(steps=1300, validate_every=500),
         ),
@@ -59,7 +60,11 @@ PRESETS: dict[str, tuple[str, Config]] = {
     ),
     "laptop": (
         "the 178 ARC-AGI-1 training tasks with grids up to 10 x 10; an hour on two CPU cores, dense half of it",
-        Config(data=DataConfig(max_grid=10), train=TrainConfig(steps=10_000, log_every=50, validate_every=2000)),
+        Config(
+            optim=OptimConfig(lr=1e-2),
+            data=DataConfig(max_grid=10),
+            train=TrainConfig(steps=10_000, log_every=50, validate_every=2000),
+        ),
     ),
     "arc1": ("ARC-AGI-1, scored on its 400 evaluation tasks; one large GPU, bfloat16", _ARC1),
     "arc2": (

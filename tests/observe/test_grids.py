@@ -37,6 +37,9 @@ def test_only_two_attempts_count_and_every_test_input_must_be_right():
 def test_answers_name_votes():
     assert answers(entry(B, A, WIDE)) == [("greedy", A), ("attempt 1 · 3 votes", B), ("attempt 2 · 2 votes", A)]
     assert answers(entry()) == [("greedy", A), ("attempt 1", None)]
+    ranked = entry(B, A)
+    ranked["candidates"][0] |= {"likelihood": -2.125, "votes": 1}
+    assert [name for name, _ in answers(ranked)] == ["greedy", "attempt 1 · 1 vote · -2.12", "attempt 2 · 2 votes"]
 
 
 def test_task_figure_shows_every_grid_with_its_verdict():

@@ -17,12 +17,18 @@ MARK = {True: "✓ ", False: "✗ ", None: ""}
 
 
 def answers(entry: Entry) -> list[tuple[str, Grid | None]]:
-    """Names and grids of one test input's answers in `predictions.json`: greedy, then the two that are submitted."""
+    """Names and grids of one test input's answers in `predictions.json`: greedy, then the two that are submitted, with what they
+    were chosen by: votes, and log-probability in nats where finalists were ranked."""
     candidates = entry.get("candidates") or []
     if not candidates:
         return [("greedy", entry.get("greedy")), ("attempt 1", None)]
-    voted = [(f"attempt {i} · {c['votes']} vote{'s' * (c['votes'] != 1)}", c["grid"]) for i, c in enumerate(candidates[:2], 1)]
-    return [("greedy", entry.get("greedy")), *voted]
+
+    def name(i: int, candidate: Mapping[str, Any]) -> str:
+        votes, likelihood = candidate["votes"], candidate.get("likelihood")
+        said = f"attempt {i} · {votes} vote{'s' * (votes != 1)}"
+        return said if likelihood is None else f"{said} · {likelihood:.3g}"
+
+    return [("greedy", entry.get("greedy")), *((name(i, c), c["grid"]) for i, c in enumerate(candidates[:2], 1))]
 
 
 def judge(grid: Grid | None, truth: Grid | None) -> tuple[bool | None, str]:
