@@ -1,8 +1,8 @@
 """What an evaluation leaves behind: predictions.json, submission.json (Kaggle's format, with its validator) and score.json.
 
 Three aggregations of the same answers are reported, for they differ: the share of test outputs solved, the mean share per task,
-the share of tasks with every output solved. pass@1 is the greedy answer without augmentation, pass@2 the best two of the vote.
-Letters: S resamples, Q scored tasks. Source: ARC.md, "Evaluating honestly".
+the share of tasks with every output solved. pass@1 is the greedy answer without augmentation, pass@2 the best two of the vote, or
+of its finalists. Letters: S resamples, Q scored tasks. Source: ARC.md, "Evaluating honestly".
 """
 
 import json
