@@ -60,11 +60,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
     ),
     "laptop": (
         "the 178 ARC-AGI-1 training tasks with grids up to 10 x 10; an hour on two CPU cores, dense half of it",
-        Config(
-            optim=OptimConfig(lr=1e-2),
-            data=DataConfig(max_grid=10),
-            train=TrainConfig(steps=10_000, log_every=50, validate_every=2000),
-        ),
+        Config(data=DataConfig(max_grid=10), train=TrainConfig(steps=10_000, log_every=50, validate_every=2000)),
     ),
     "arc1": ("ARC-AGI-1, scored on its 400 evaluation tasks; one large GPU, bfloat16", _ARC1),
     "arc2": (
