@@ -12,7 +12,8 @@ import tyro
 from rich.console import Console
 
 from tests.observe import synthetic
-from tinyonn_jax.config import Config, ConfigError
+from tinyonn_jax import cli
+from tinyonn_jax.config import Config, ConfigError, EvalConfig
 from tinyonn_jax.observe.compare import compare, comparison
 from tinyonn_jax.observe.report import grid_svg, preset_and_flags, write_report
 from tinyonn_jax.presets import PRESETS
@@ -71,6 +72,17 @@ def test_the_numbers_of_the_run_are_there(page):
     for task_id in synthetic.predictions()["tasks"]:
         assert task_id in words
     assert [tag for tag, name, _ in page.attributes if name == "src"] == ["img", "img"]
+
+
+def test_how_the_answers_were_chosen_is_said_and_can_be_repeated(run, tmp_path):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    own = dataclasses.asdict(from_json((folder / "config.json").read_text()).eval)
+    asked = own | {"augmentations": 16, "finalists": 12, "blank_task": True, "decode": "search"}
+    (folder / "score.json").write_text(json.dumps(synthetic.score() | {"eval": asked}))
+    words = " ".join(Page(write_report(folder).read_text()).text.split())
+    assert "the likeliest two of 12 finalists" in words and "of the vote" not in words
+    (command,) = re.findall(r"arc.py evaluate --workdir \S+ ((?:--\S+ ?(?:[^-\s]\S* ?)?)+)", words)
+    assert cli.parse("evaluate", ["--workdir", str(folder), *command.split()]).eval == EvalConfig(**asked)
 
 
 def test_missing_pieces_are_said_in_words(tmp_path):

@@ -34,10 +34,11 @@ AGGREGATIONS = (
 
 
 def _flag(section: str, name: str, value: Any) -> str:
+    start = f"--{section}." if section else "--"
     if isinstance(value, bool):
-        return f"--{section}.{'' if value else 'no-'}{name}"
+        return f"{start}{'' if value else 'no-'}{name}"
     values = value if isinstance(value, tuple) else (value,)
-    return " ".join([f"--{section}.{name}", *(shlex.quote(str(v)) for v in values)])
+    return " ".join([f"{start}{name}", *(shlex.quote(str(v)) for v in values)])
 
 
 def preset_and_flags(config: Config, preset: str | None = None) -> tuple[str, list[str]]:
@@ -118,7 +119,9 @@ def _scores(score: Entry | None) -> str:
         return _missing("No score yet: <code>evaluate</code> writes <code>score.json</code>.")
     counts = score["counts"]
     rows = []
-    for name, says in (("pass@1", "greedy answer, no augmentation"), ("pass@2", "the best two of the vote")):
+    finalists = score.get("eval", {}).get("finalists")
+    chosen = f"the likeliest two of {finalists} finalists" if finalists else "the best two of the vote"
+    for name, says in (("pass@1", "greedy answer, no augmentation"), ("pass@2", chosen)):
         row = [f"<b>{name}</b><small>{says}</small>"]
         for key, _, _ in AGGREGATIONS:
             share, interval = score[name][key], score.get("intervals", {}).get(name, {}).get(key)
@@ -203,8 +206,9 @@ def _reproduce(folder: Path, config: Config | None, score: Entry | None) -> str:
     preset, flags = preset_and_flags(config, stored_preset(folder))
     workdir = f"--workdir runs/{shlex.quote(folder.resolve().name)}"
     lines = [" ".join(["python experiments/arc.py train", f"--preset {preset}", workdir, *flags])]
-    augmentations = (score or {}).get("augmentations", config.eval.augmentations)
-    lines.append(f"python experiments/arc.py evaluate {workdir} --augmentations {augmentations}")
+    own, used = dataclasses.asdict(config.eval), (score or {}).get("eval", {})
+    asked = {"augmentations": (score or own)["augmentations"]} | {k: v for k, v in used.items() if v != own.get(k)}
+    lines.append(" ".join([f"python experiments/arc.py evaluate {workdir}", *(_flag("", *option) for option in asked.items())]))
     return f'<pre class="scroll">{_esc(chr(10).join(lines))}</pre>'
 
 
