@@ -14,7 +14,7 @@ from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-from tinyonn_jax import cli, runs  # noqa: E402
+from tinyonn_jax import cli, runs, trained  # noqa: E402
 from tinyonn_jax.arc import submission  # noqa: E402
 from tinyonn_jax.config import Config, ConfigError  # noqa: E402
 from tinyonn_jax.observe.answers import answers  # noqa: E402
@@ -67,7 +67,7 @@ def _open(args: cli.Trained) -> tuple[runs.Run, Any]:
 
 def evaluate(args: cli.Evaluate) -> None:
     cli.set_up(args.compilation_cache, args.distributed)
-    score = runs.evaluate(*_open(args))
+    score = trained.evaluate(*_open(args))
     if score is None:
         return
     header = ["", "outputs", "task mean", "tasks"]
@@ -87,9 +87,9 @@ def predict(args: cli.Predict) -> None:
     run, checkpoint = _open(args)
     if bool(args.task) == (args.file is not None):
         raise ConfigError("predict needs one of --task ID and --file FILE")
-    task = runs.find_task(run, args.task) if args.file is None else runs.read_task(run, args.file)
-    trained = runs.load(run, checkpoint, print)
-    predictions = trained.ranked(trained.answer((task,)), (task,))
+    task = trained.find_task(run, args.task) if args.file is None else trained.read_task(run, args.file)
+    network = trained.load(run, checkpoint, print)
+    predictions = network.ranked(network.answer((task,)), (task,))
     for line in predictions.too_long:
         print(line)
     entries = submission.entries(predictions)[task.id]

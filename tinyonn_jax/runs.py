@@ -1,48 +1,41 @@
-"""A run folder: begun, trained, evaluated, asked for predictions. What comes after training needs the folder and nothing else.
+"""A run folder: begun, opened, trained. What comes after (`trained.py`, the report) needs the folder and nothing else.
 
 Before the first step `run.json` (preset, command, versions), `tasks.json` and `config.json` are written, in this order, so that
 a folder that has the last has all.
 """
 
 import contextlib
-import difflib
 import importlib.metadata
 import io
 import json
 import platform
 import shlex
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tinyonn_jax import __version__
 from tinyonn_jax.arc import submission
 from tinyonn_jax.arc.batches import Batch, batch_at, build_dataset, validation_batches
 from tinyonn_jax.arc.continual import build_stages
-from tinyonn_jax.arc.evaluate import evaluate as answer
-from tinyonn_jax.arc.forced import exact_per_recursion, ranked
-from tinyonn_jax.arc.tasks import Task, TaskSets, load_task_sets, parse_task, read_json
+from tinyonn_jax.arc.tasks import TaskSets, load_task_sets
 from tinyonn_jax.arc.tasks import from_json as tasks_from_json
 from tinyonn_jax.arc.tasks import to_json as tasks_to_json
 from tinyonn_jax.config import Config, ConfigError
-from tinyonn_jax.layers import base, grouped
-from tinyonn_jax.models import transformer
+from tinyonn_jax.layers import grouped
 from tinyonn_jax.models.flops import useful_flops
 from tinyonn_jax.observe.console import Progress
 from tinyonn_jax.observe.files import stored_preset, write_atomically
-from tinyonn_jax.observe.metrics import duration
 from tinyonn_jax.observe.writers import MetricsWriter
 from tinyonn_jax.stored import differences, from_json, to_json
 from tinyonn_jax.training import assemble, loop, sharding
-from tinyonn_jax.training.checkpoint import Checkpoints, meet, restore_params
+from tinyonn_jax.training.checkpoint import Checkpoints, meet
 from tinyonn_jax.training.objective import make_rule
 from tinyonn_jax.training.state import TrainState
 from tinyonn_jax.training.step import Step
@@ -50,7 +43,6 @@ from tinyonn_jax.training.step import Step
 CONFIG, TASKS, ORIGIN, PARAMETERS = "config.json", "tasks.json", "run.json", "parameters.json"
 ROUTING, CHECKPOINTS, LOCK = "routing_latest.npz", "checkpoints", ".lock"
 Say = Callable[[str], None]
-Which = int | Literal["latest", "best"]
 
 
 @dataclass(frozen=True)
@@ -183,7 +175,7 @@ def _train(run: Run, started: float | None, profile: int) -> None:
         say(line)
     total, embeddings, routers = (parameters[name] for name in ("total", "embeddings", "routers"))
     say(f"parameters: {total:,}, of which {embeddings:,} in embeddings and {routers:,} in routers")
-    say(_devices(mesh))
+    say(sharding.describe(mesh))
     if config.model.kind == "dyntrm":
         platform = mesh.devices.flat[0].platform
         say(f"grouped matmul: {grouped.title(config.mesh.grouped, platform)} ({platform})")
@@ -297,157 +289,6 @@ def _course(run: Run, process: tuple[int, int], mesh: Mesh) -> _Course:
     return _Course(stages.batch_at, tuple(m for dataset in stages.datasets for m in dataset.messages), test_all)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A run's parameters (their moving average at `step`) on a mesh, ready to answer."""
-
-    run: Run
-    mesh: Mesh
-    params: Any
-    step: int
-
-    def answer(self, tasks: tuple[Task, ...], say: Say | None = None) -> submission.Predictions:
-        """Answers every test input of `tasks` as `run.config.eval` says, many processes together; `say` reports progress."""
-        return answer(
-            assemble.make_decoder(self.run.config, self.mesh),
-            self.params,
-            tasks,
-            checkpoint=self.step,
-            **self._work("decoded", say),
-        )
-
-    def ranked(
-        self, predictions: submission.Predictions, tasks: tuple[Task, ...], say: Say | None = None
-    ) -> submission.Predictions:
-        """What `answer` found, with the finalists of each vote, if `run.config.eval` wants any, ranked by their likelihood."""
-        if not self.run.config.eval.finalists:
-            return predictions
-        score = partial(assemble.make_scorer(self.run.config, self.mesh), self.params)
-        return ranked(predictions, score, tasks, multiple=sharding.row_shards(self.mesh), **self._work("scored", say))
-
-    def _work(self, done: str, say: Say | None) -> dict[str, Any]:
-        """What answering and ranking need to know alike; `done` says what happens to sequences."""
-        config, processes = self.run.config, jax.process_count()
-        return {
-            "task_ids": self.run.sets.task_ids,
-            "data": config.data,
-            "cfg": config.eval,
-            "seed": config.train.seed,
-            "progress": None if say is None else _pace(done, say),
-            "process": (jax.process_index(), processes),
-            "gather": _gather if processes > 1 else None,
-        }
-
-    def per_recursion(self, tasks: tuple[Task, ...]) -> list[float] | None:
-        """The share of test outputs that greedy decoding has right after each recursion; None if no output is known."""
-        config = self.run.config
-        kernel = grouped.using(config.mesh.grouped)
-        steps = jax.jit(kernel(lambda params, batch: transformer.apply(params, batch, config.model, steps=True).steps))
-        forward = partial(steps, self.params)
-        shares = exact_per_recursion(forward, tasks, self.run.sets.task_ids, config.data, config.eval)
-        return None if np.isnan(shares[0]) else shares
-
-
-def _pace(what: str, say: Say) -> Callable[[int, int], None]:
-    """Reports how many of all sequences are done, every five seconds and in the end."""
-    started = last = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done and (done == total or now - last > 5):
-            last, rate = now, done / max(now - started, 1e-9)
-            pace = f"{rate:,.0f} a second" if rate >= 10 else f"{60 * rate:,.0f} a minute"
-            say(f"{what} {done:,} of {total:,} sequences, {pace}, {duration((total - done) / rate)} left")
-
-    return progress
-
-
-def load(run: Run, checkpoint: Which, say: Say) -> Trained:
-    """The parameters of a run, from one of its checkpoints, on the devices of this process: of many, each has them all.
-
-    Raises:
-        CheckpointError: there is no such checkpoint.
-        ConfigError: the devices do not fit the mesh.
-    """
-    mesh = sharding.make_mesh(run.config.mesh, local=True)
-    say(_devices(mesh))
-    spec = transformer.spec(run.config.model, len(run.sets.tasks))
-    like = sharding.abstract(mesh, spec, lambda: base.init(jax.random.key(0), spec))
-    params, step = restore_params(run.folder / CHECKPOINTS, like, "ema", checkpoint, say)
-    return Trained(run, mesh, jax.jit(transformer.refined)(params), step)  # not again for every token
-
-
-def evaluate(run: Run, checkpoint: Which) -> dict[str, Any] | None:
-    """Answers every evaluated test input, writes predictions.json, submission.json and score.json, and returns the score.
-
-    Of many processes each answers its share, on a mesh of its own devices; the first alone writes and says what it does, and the
-    others return None. The score's `speed` counts the sequences of all and the seconds from the first prompt to the last answer,
-    compilation included.
-
-    Raises:
-        CheckpointError, ConfigError: see `load`.
-    """
-    process, processes = jax.process_index(), jax.process_count()
-    say = Progress(0, process=process).line
-    trained = load(run, checkpoint, say)
-    if processes > 1:
-        say(f"{processes} processes share the sequences; progress is that of the first")
-    started = time.monotonic()
-    predictions = trained.answer(run.sets.evaluation, say)
-    seconds = time.monotonic() - started
-    predictions = trained.ranked(predictions, run.sets.evaluation, say)
-    if process:
-        meet("score")
-        return None
-    for line in predictions.too_long:
-        say(line)
-    submission.validate_submission(submission.build_submission(predictions), run.sets.evaluation)
-    sequences = predictions.sequences
-    speed = {"sequences": sequences, "seconds": seconds, "sequences_per_second": sequences / seconds}
-    facts: dict[str, Any] = {"eval": asdict(run.config.eval), "speed": speed}
-    if run.config.model.recursed:
-        facts["greedy_per_recursion"] = trained.per_recursion(run.sets.evaluation)
-    score = submission.save(run.folder, predictions, run.config.train.seed, **facts)
-    meet("score")
-    return score
-
-
-def _gather(mine: Any) -> Any:
-    """Arrays `[P,…]` of each process's own. They meet first, for a collective gives up on those who are late."""
-    meet("answers")
-    return multihost_utils.process_allgather(mine)
-
-
-def find_task(run: Run, name: str) -> Task:
-    """The task of a run with that id: an evaluated one, or one that was only trained on.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    tasks = {task.id: task for task in (*run.sets.tasks, *run.sets.evaluation) if task.test}
-    if name in tasks:
-        return tasks[name]
-    near = difflib.get_close_matches(name, tasks, 3) or sorted(tasks)[:3]
-    like = f", like {', '.join(near)}" if near else ""
-    raise ConfigError(f"task {name} is not in {run.folder}, which has {len(tasks)}{like}")
-
-
-def read_task(run: Run, file: Path) -> Task:
-    """A task file of the user's own, for a run that can answer tasks that it was not trained on.
-
-    Raises:
-        ConfigError: the run cannot.
-        DataError: the file is no valid task.
-    """
-    if run.config.data.format != "context":
-        raise ConfigError(
-            f"{run.folder} was trained with data.format pair and knows only its own tasks; for unseen ones train with "
-            "--data.format context --model.no-task-embedding"
-        )
-    return parse_task(file.stem, read_json(file), str(file))
-
-
 def _next(folder: Path) -> str:
     return f"evaluate with: python experiments/arc.py evaluate --workdir {shlex.quote(str(folder))}"
 
@@ -471,8 +312,3 @@ class _Silent:
 
 def _skipped(sets: TaskSets) -> list[str]:
     return [f"{sets.skipped} invalid tasks skipped"] if sets.skipped else []
-
-
-def _devices(mesh: Mesh) -> str:
-    shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    return f"devices: {mesh.size} × {mesh.devices.flat[0].device_kind} ({shape}), jax {jax.__version__}"

@@ -16,7 +16,7 @@ import arc
 import numpy as np
 import pytest
 
-from tinyonn_jax import cli, runs
+from tinyonn_jax import cli, runs, trained
 from tinyonn_jax.config import ConfigError
 from tinyonn_jax.presets import PRESETS
 from tinyonn_jax.stored import from_json
@@ -355,9 +355,9 @@ def test_a_file_of_ones_own_for_a_run_that_takes_it(tmp_path):
     context = ("--data.format", "context", "--model.no-task-embedding")
     parsed = cli.parse("train", ["--workdir", str(tmp_path / "run"), *where, *context])
     run = runs.begin(tmp_path / "run", parsed.config, "demo")
-    assert runs.read_task(run, tasks / "good.json").id == "good"
+    assert trained.read_task(run, tasks / "good.json").id == "good"
     with pytest.raises(ValueError, match="12 is no colour"):
-        runs.read_task(run, tasks / "bad.json")
+        trained.read_task(run, tasks / "bad.json")
 
 
 def test_help_lists_commands_presets_and_every_field(monkeypatch, capsys):

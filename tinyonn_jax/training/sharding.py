@@ -77,6 +77,12 @@ def rows(mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(_along(mesh, "batch"))
 
 
+def describe(mesh: Mesh) -> str:
+    """The devices of a mesh in one line."""
+    shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return f"devices: {mesh.size} × {mesh.devices.flat[0].device_kind} ({shape}), jax {jax.__version__}"
+
+
 def row_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are split."""
     return int(np.prod([mesh.shape[axis] for axis in _along(mesh, "batch")]))
