@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -303,11 +304,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     rows_help = "; ".join(f"{name}: {(f.__doc__ or '').rstrip('.')}" for name, f in ROWS.items())
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME", help=rows_help)
-    parser.add_argument("--json", type=json_file, help="also write the rows to this file: a list of {row, value, limit, ok}")
+    parser.add_argument(
+        "--json", type=json_file, help="also write the rows to this file, as they come: a list of {row, value, limit, ok}"
+    )
     args = parser.parse_args()
     Console().print(machine())
     sys.exit(not report(_measured(args.only), args.json))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, cli.interrupted)
     cli.leave(cli.guard(main))

@@ -15,6 +15,7 @@ done; Ctrl-C leaves no files.
 
 import argparse
 import json
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -299,4 +300,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, cli.interrupted)
     cli.leave(cli.guard(main))

@@ -305,7 +305,9 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="benchmark.py gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=json_file, help="also write the rows to this file: a list of {row, value, limit, ok}")
+    parser.add_argument(
+        "--json", type=json_file, help="also write the rows to this file, as they come: a list of {row, value, limit, ok}"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="after so many, no further section begins")
     parser.add_argument("--tiny", action="store_true", help="everything small: tries the script")
     args = parser.parse_args(arguments)

@@ -149,19 +149,19 @@ def machine() -> str:
 
 
 def report(measured: Iterable[Row], file: Path | None) -> bool:
-    """Prints rows as they come, then as a table, and writes them as JSON; whether none misses its limit."""
+    """Prints rows and writes them as JSON as they come, then prints a table; whether none misses its limit."""
     console, rows = Console(), []
     for row in measured:
         console.print(f"{row.row}: {_shown(row)}", highlight=False)
         rows.append(row)
+        if file:
+            kept = [{"row": row.row, "value": row.value, "limit": row.limit, "ok": row.ok} for row in rows]
+            write_atomically(file, json.dumps(kept, indent=2) + "\n")
     table = Table("row", "value", "limit", "unit", "ok")
     for row in rows:
         limit = "" if row.limit is None else f"{'≥' if row.least else '≤'} {row.limit:g}"
         table.add_row(row.row, _shown(row, unit=False), limit, row.unit, {True: "yes", False: "NO", None: ""}[row.ok])
     console.print(table)
-    if file:
-        kept = [{"row": row.row, "value": row.value, "limit": row.limit, "ok": row.ok} for row in rows]
-        write_atomically(file, json.dumps(kept, indent=2) + "\n")
     return all(row.ok is not False for row in rows)
 
 

@@ -39,6 +39,17 @@ def test_what_fails_or_has_no_time_is_said(monkeypatch, tmp_path):
     assert [(row.row, row.ok) for row in late] == [("broken: no time left", None)] * 2
 
 
+def test_rows_are_on_disk_before_the_next_one_is_measured(tmp_path):
+    file = tmp_path / "rows.json"
+
+    def rows():
+        for n in range(3):
+            yield gpu.Row(f"row {n}", n)
+            assert len(json.loads(file.read_text())) == n + 1
+
+    assert gpu.report(rows(), file)
+
+
 def test_relative_error_is_the_worst_array():
     assert gpu.distance((np.array([3.0, 4.0]), np.ones(2)), (np.array([3.0, 4.5]), np.ones(2))) == pytest.approx(
         0.5 / math.hypot(3.0, 4.5)

@@ -2,6 +2,7 @@
 
 import os
 
+import jax
 import pytest
 
 from tinyonn_jax import host
@@ -25,6 +26,17 @@ def test_flags(monkeypatch, cores, before, after):
     host.tune()
     host.tune()  # a second time changes nothing more
     assert os.environ["XLA_FLAGS"] == after
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_steps_run_in_the_main_thread_of_a_process_that_is_alone(monkeypatch, alone):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    before = jax.config.read("jax_cpu_enable_async_dispatch")
+    try:
+        host.tune(alone)
+        assert jax.config.read("jax_cpu_enable_async_dispatch") != alone
+    finally:
+        jax.config.update("jax_cpu_enable_async_dispatch", before)
 
 
 def test_other_c_libraries_are_left_as_they_are(monkeypatch):

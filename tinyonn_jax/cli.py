@@ -215,7 +215,7 @@ def usage(program: str) -> str:
 
 def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
     """What concerns the whole process: memory, the compilation cache, other processes, what Orbax prints besides raising it."""
-    host.tune()
+    host.tune(alone=not distributed)
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.excepthook, sys.unraisablehook = _report, _report_unraisable

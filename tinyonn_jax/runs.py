@@ -193,7 +193,7 @@ def _train(run: Run, started: float | None, profile: int) -> None:
             return
         if done:
             say(f"going on from step {done} of {steps}")
-        say("the first step of each length is compiled: half a minute each, on GPUs up to three, or seconds from the cache")
+        say("the first step of each length is compiled: half a minute each, or seconds from the cache")
 
         def snapshot(_: int, state: Any, metrics: dict[str, Any]) -> None:
             arrays = assemble.routing_snapshot(state, metrics)
