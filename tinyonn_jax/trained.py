@@ -52,8 +52,11 @@ class Trained:
         self, predictions: submission.Predictions, tasks: tuple[Task, ...], say: Say | None = None
     ) -> submission.Predictions:
         """What `answer` found, with the finalists of each vote, if `run.config.eval` wants any, ranked by their likelihood."""
-        if not self.run.config.eval.finalists:
+        count = self.run.config.eval.finalists
+        if not count:
             return predictions
+        if say:  # encoding them all takes a while, before the first is scored
+            say(f"ranking the {count} candidates with most votes by their likelihood in every view")
         score = partial(assemble.make_scorer(self.run.config, self.mesh), self.params)
         return ranked(predictions, score, tasks, multiple=sharding.row_shards(self.mesh), **self._work("scored", say))
 
