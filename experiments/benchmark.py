@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from measure import Row, json_file, machine, medians, plain_step, random_batch, report, whole_step
+from measure import Row, add_json, machine, medians, plain_step, random_batch, report, whole_step
 from rich.console import Console
 
 from tinyonn_jax import cli, host
@@ -304,9 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     rows_help = "; ".join(f"{name}: {(f.__doc__ or '').rstrip('.')}" for name, f in ROWS.items())
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME", help=rows_help)
-    parser.add_argument(
-        "--json", type=json_file, help="also write the rows to this file, as they come: a list of {row, value, limit, ok}"
-    )
+    add_json(parser)
     args = parser.parse_args()
     Console().print(machine())
     sys.exit(not report(_measured(args.only), args.json))

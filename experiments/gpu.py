@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import Row, json_file, machine, medians, plain_step, random_batch, report, whole_step
+from measure import Row, add_json, machine, medians, plain_step, random_batch, report, whole_step
 
 from tinyonn_jax.arc.evaluate import evaluate
 from tinyonn_jax.arc.tasks import Task, load_task_sets
@@ -305,9 +305,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="benchmark.py gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--json", type=json_file, help="also write the rows to this file, as they come: a list of {row, value, limit, ok}"
-    )
+    add_json(parser)
     parser.add_argument("--minutes", type=float, default=9.0, help="after so many, no further section begins")
     parser.add_argument("--tiny", action="store_true", help="everything small: tries the script")
     args = parser.parse_args(arguments)

@@ -140,6 +140,12 @@ def json_file(text: str) -> Path:
     return Path(text)
 
 
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option that `report` takes its file from."""
+    help_line = "also write the rows to this file, as they come: a list of {row, value, limit, ok}"
+    parser.add_argument("--json", type=json_file, help=help_line)
+
+
 def machine() -> str:
     """The device and the rate of a plain float32 matmul on it."""
     a = jnp.ones((2048, 2048))
