@@ -34,6 +34,10 @@ from tinyonn_jax.training.step import LossFn, Step, make_train_step
 
 Validation = Callable[[TrainState, Iterable[Batch]], dict[str, float]]
 
+COMPILER: dict[str, dict[str, Any]] = {"tpu": {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"}}
+"""Options of the compiler by platform. For TPUs this pass fails with an internal error (libtpu 0.0.42, 0.0.50) where gradients
+are summed over fsdp within the scan over recursions."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -103,8 +107,9 @@ def _make_step(
         new, metrics = inner(state, batch)
         return new, {**metrics, "lr_main": rate_main(state.step), "lr_meta": rate_meta(state.step)}
 
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, like), everywhere))
+    lies = jax.tree.map(lambda leaf: leaf.sharding, like), NamedSharding(mesh, PartitionSpec())
+    options = COMPILER.get(mesh.devices.flat[0].platform)
+    return jax.jit(step, donate_argnums=0, out_shardings=lies, compiler_options=options)
 
 
 def make_validation(program: Program) -> Validation:
