@@ -3,12 +3,10 @@
 import dataclasses
 
 import jax
-import numpy as np
 import pytest
+import scaling
 from jax.experimental import topologies
-from jax.sharding import NamedSharding
 
-from tinyonn_jax.arc.batches import Batch
 from tinyonn_jax.config import MeshConfig
 from tinyonn_jax.presets import PRESETS
 from tinyonn_jax.training import assemble, sharding
@@ -16,6 +14,7 @@ from tinyonn_jax.training import assemble, sharding
 pytest.importorskip("libtpu")
 
 
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # what it holds loads on a TPU only
 @pytest.mark.parametrize("dispatch", ["replicate", "all-to-all"])
 def test_step_compiles_where_gradients_are_summed_over_fsdp_in_the_scan(monkeypatch, dispatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
@@ -29,10 +28,7 @@ def test_step_compiles_where_gradients_are_summed_over_fsdp_in_the_scan(monkeypa
     config = dataclasses.replace(arc1, model=small, mesh=MeshConfig(1, 2, 2, dispatch=dispatch))
     mesh = sharding.make_mesh(config.mesh)
 
-    def rows(*shape: int, dtype: type = np.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((32, *shape), dtype, sharding=NamedSharding(mesh, sharding.rows(mesh)))
-
-    batch = Batch(rows(256), rows(256, 3), rows(), rows(), rows(256, dtype=np.float32), rows(), rows())  # pyright: ignore[reportArgumentType]
+    batch = scaling.abstract_batch(mesh, 32, 256)
     program = assemble.assemble(config, mesh, 1000, batch)
     text = program.step.lower(program.like, batch).compile().as_text()  # pyright: ignore[reportFunctionMemberAccess]
     assert "all-reduce" in text
