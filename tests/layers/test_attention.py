@@ -81,7 +81,7 @@ def with_gradients(attend, q, k, v, seen, g):
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
-def test_the_cpu_path_is_dot_product_attention(heads, groups):
+def test_the_plain_path_is_dot_product_attention(heads, groups):
     rng = np.random.default_rng(1)
     q, g = (jnp.asarray(rng.normal(size=(2, 5, heads, C)), jnp.float32) for _ in range(2))
     k, v = (jnp.asarray(rng.normal(size=(2, 7, groups, C)), jnp.float32) for _ in range(2))
@@ -152,7 +152,7 @@ def test_decoding_in_chunks_equals_one_call(params):
     """The prompt at once, then chunks of one and two, on a cache longer than needed; what lies beyond must not matter."""
     prefix = jnp.array([3, 2])
     want = uncached(params, X, POSITIONS, prefix)
-    cache = attention.Cache(jnp.full((B, T + 3, G, C), 7.0), jnp.full((B, T + 3, G, C), -7.0))
+    cache = attention.Cache(jnp.full((B, T + 3, G * C), 7.0), jnp.full((B, T + 3, G * C), -7.0))
     outputs = []
     for first, last in ((0, 3), (3, 4), (4, 6)):
         y, cache = cached(params, X[:, first:last], cache, POSITIONS[:, first:last], jnp.full(B, first), prefix)
@@ -165,7 +165,7 @@ def test_sequences_of_a_batch_decode_at_slots_of_their_own(params):
     """Row 1's prompt is one token shorter: its padding lies in the cache until the next token overwrites it."""
     prefix = jnp.array([3, 2])
     want = uncached(params, X, POSITIONS, prefix)
-    cache = attention.Cache(jnp.zeros((B, T, G, C)), jnp.zeros((B, T, G, C)))
+    cache = attention.Cache(jnp.zeros((B, T, G * C)), jnp.zeros((B, T, G * C)))
     garbage = X[:, :3].at[1, 2].set(99.0)
     y, cache = cached(params, garbage, cache, POSITIONS[:, :3], jnp.zeros(B, int), prefix)
     np.testing.assert_allclose(y[0], want[0, :3], **CLOSE)
@@ -180,7 +180,7 @@ def test_sequences_of_a_batch_decode_at_slots_of_their_own(params):
 def test_layers_that_share_a_cache_extend_their_own_part(params):
     """Layer 1 of three: the same output as with a cache of its own, and the others' slots stay as they are."""
     prefix, start = jnp.array([3, 2]), jnp.array([1, 3])
-    one = attention.Cache(*(jnp.asarray(np.random.default_rng(seed).normal(size=(B, T, G, C)), jnp.float32) for seed in (5, 6)))
+    one = attention.Cache(*(jnp.asarray(np.random.default_rng(seed).normal(size=(B, T, G * C)), jnp.float32) for seed in (5, 6)))
     want, own = cached(params, X[:, :2], one, POSITIONS[:, :2], start, prefix)
     all = attention.Cache(*(jnp.stack([a - 1, a, a + 1]) for a in (one.keys, one.values)), jnp.int32(1))
     got, shared = cached(params, X[:, :2], all, POSITIONS[:, :2], start, prefix)
@@ -191,6 +191,6 @@ def test_layers_that_share_a_cache_extend_their_own_part(params):
 
 
 def test_a_cache_needs_to_know_where_tokens_start(params):
-    cache = attention.Cache(jnp.zeros((B, T, G, C)), jnp.zeros((B, T, G, C)))
+    cache = attention.Cache(jnp.zeros((B, T, G * C)), jnp.zeros((B, T, G * C)))
     with pytest.raises(ValueError, match="at which slots the tokens start"):
         mha.apply(params, X, LAYER, cache=cache)

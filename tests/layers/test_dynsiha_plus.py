@@ -148,7 +148,7 @@ def test_cached_in_chunks_equals_one_call():
         y, _, cache = dynsiha_plus.apply(params, x, cfg, where=where, cache=cache)
         return y, cache
 
-    cache = attention.Cache(jnp.zeros((B, T + 1, 2, C)), jnp.zeros((B, T + 1, 2, C)))
+    cache = attention.Cache(jnp.zeros((B, T + 1, 2 * C)), jnp.zeros((B, T + 1, 2 * C)))
     outputs = []
     for first, last in ((0, 3), (3, 4), (4, 5)):
         y, cache = step(params, X[:, first:last], cache, first)

@@ -17,8 +17,8 @@ from tinyonn_jax.layers.base import rotary, rotation
 
 @flax.struct.dataclass
 class Cache:
-    """Keys (rotated) and values of the tokens seen so far, `[B,S,G,C]` each; those of R layers or recursions `[R,B,S,G,C]`, of
-    which a call reads and extends number `layer`, in place."""
+    """Keys (rotated) and values of the tokens seen so far, `[B,S,G·C]` each; those of R layers or recursions `[R,B,S,G·C]`, of
+    which a call reads and extends number `layer`, in place. One axis for G·C, for TPUs fill up the last two of an array."""
 
     keys: Array
     values: Array
@@ -28,14 +28,16 @@ class Cache:
         """The cache with more keys and values, at slots start…start+T-1 of each sequence."""
         return replace(self, keys=self._written(self.keys, k, start), values=self._written(self.values, v, start))
 
-    def read(self) -> tuple[Array, Array]:
+    def read(self, head_dim: int) -> tuple[Array, Array]:
         """The keys and values of the layer at hand, `[B,S,G,C]` each."""
-        return (self.keys, self.values) if self.layer is None else (self.keys[self.layer], self.values[self.layer])
+        here = (self.keys, self.values) if self.layer is None else (self.keys[self.layer], self.values[self.layer])
+        k, v = (a.reshape(*a.shape[:2], -1, head_dim) for a in here)
+        return k, v
 
     def _written(self, into: Array, new: Array, start: Array) -> Array:
         sequence, slot = jnp.arange(new.shape[0])[:, None], start[:, None] + jnp.arange(new.shape[1])
         at = (sequence, slot) if self.layer is None else (self.layer, sequence, slot)
-        return into.at[at].set(new.astype(into.dtype), unique_indices=True)
+        return into.at[at].set(new.reshape(*new.shape[:2], -1).astype(into.dtype), unique_indices=True)
 
 
 @flax.struct.dataclass
@@ -101,10 +103,10 @@ def attend(
     q, k = rotary(q, where.turn), rotary(k, where.turn)
     if cache is not None:
         cache = cache.extended(k, v, where.start)
-        k, v = cache.read()
+        k, v = cache.read(k.shape[-1])
     fused = partial(_fused, fresh=cache is None) if cudnn_takes(q) else _masked
     args = q, k, v, mask(where, k.shape[1]), where.prefix
-    return jax.lax.platform_dependent(*args, cpu=_heads_first, cuda=fused, default=_masked), cache
+    return jax.lax.platform_dependent(*args, cuda=fused, default=_heads_first), cache
 
 
 def _masked(q, k, v, seen, prefix, implementation=None):
@@ -155,7 +157,7 @@ def _learning_inside(x, inside):
 _learning_inside.defvjp(lambda x, inside: (x, inside), lambda inside, g: (jnp.where(inside, g, 0), None))
 
 
-# --- CPU: heads before positions, so that all sums are plain batched matmuls; nothing of size T × S is kept for the backward
+# --- elsewhere: heads before positions, so that sums are plain batched matmuls; nothing of size T × S is kept for the backward
 # pass, which computes the weights again from the sums of the forward pass (Dao et al., 2022) -----------------------------------
 
 

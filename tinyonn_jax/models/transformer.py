@@ -314,8 +314,8 @@ def apply(
 
 
 def init_cache(cfg: ModelConfig, batch: int, length: int) -> attention.Cache:
-    """An empty cache for `batch` sequences of up to `length` tokens: `[R, B, length, G, C]`."""
-    shape = (cfg.depth, batch, length, cfg.heads, cfg.head_dim)
+    """An empty cache for `batch` sequences of up to `length` tokens: `[R, B, length, G·C]`."""
+    shape = (cfg.depth, batch, length, cfg.heads * cfg.head_dim)
     return attention.Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
 
 
