@@ -1,6 +1,7 @@
 """A trained run: loaded from its folder, scored on the tasks that it is evaluated on, asked about others."""
 
 import difflib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -84,16 +85,22 @@ class Trained:
 
 
 def _pace(what: str, say: Say) -> Callable[[int, int], None]:
-    """Reports how many of all sequences are done, every five seconds and in the end."""
-    started = last = time.monotonic()
+    """Reports how many of all sequences are done: the first, then every five seconds and in the end, with the pace since the
+    first, which waited for a compilation."""
+    first, last = (0, 0.0), -math.inf
 
     def progress(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal first, last
         now = time.monotonic()
-        if done and (done == total or now - last > 5):
-            last, rate = now, done / max(now - started, 1e-9)
-            pace = f"{rate:,.0f} a second" if rate >= 10 else f"{60 * rate:,.0f} a minute"
-            say(f"{what} {done:,} of {total:,} sequences, {pace}, {duration((total - done) / rate)} left")
+        if done == first[0] or (done < total and now - last <= 5):
+            return
+        last = now
+        if not first[0]:
+            first = done, now
+            return say(f"{what} {done:,} of {total:,} sequences")
+        rate = (done - first[0]) / max(now - first[1], 1e-9)
+        pace = f"{rate:,.0f} a second" if rate >= 10 else f"{60 * rate:,.0f} a minute"
+        say(f"{what} {done:,} of {total:,} sequences, {pace}, {duration((total - done) / rate)} left")
 
     return progress
 
