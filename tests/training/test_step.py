@@ -122,6 +122,14 @@ def test_names_that_do_not_match_are_refused():
         gradients(network(say={"b": "c"}), none(), params, None, BATCH)
 
 
+def test_a_tap_that_is_not_handed_on_is_told_of():
+    """Its surprise would be zero, and its router learn nothing, without a word."""
+    forgetful = lambda params, taps, batch: network()(params, taps and {"a": taps["a"]}, batch)  # noqa: E731
+    with pytest.warns(UserWarning, match="tap of layer 'b'"):
+        signals = collect(sars(), forgetful, parameters())[2]
+    assert np.any(signals["a"].param) and not np.any(signals["b"].param)
+
+
 def test_a_layer_may_be_a_plain_dict():
     """The same gradients as for a struct, gated ones too."""
 

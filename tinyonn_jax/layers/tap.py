@@ -75,6 +75,22 @@ def zeros(routing: Routing) -> Tap | NeuronTap:
     return Tap(zero(slots), zero(slots), zero(slots), zero(modules))
 
 
+def noted(taps: Taps, reached: set[str]) -> Taps:
+    """The taps as they are; a backward pass, when it is traced, adds the names of those that it comes to to `reached`."""
+
+    def note(name: str, tap: Tap | NeuronTap) -> Tap | NeuronTap:
+        same = jax.custom_vjp(lambda tap: tap)
+
+        def back(_, g):
+            reached.add(name)
+            return (g,)
+
+        same.defvjp(lambda tap: (tap, None), back)
+        return same(tap)
+
+    return {name: note(name, tap) for name, tap in taps.items()}
+
+
 def combine(outputs: Float[Array, "N K D"], weight: Float[Array, "N K"], tap: Tap | None = None) -> Float[Array, "N D"]:
     """y_n = Σ_k weight_nk · outputs_nk, tapped for output gradients and attributions."""
     if tap is None:

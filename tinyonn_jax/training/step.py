@@ -8,6 +8,7 @@
 A step whose loss or gradient is not finite changes nothing but the count of skipped steps.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ import optax
 from jaxtyping import Array
 
 from tinyonn_jax.layers.routing import Routing
-from tinyonn_jax.layers.tap import Taps
+from tinyonn_jax.layers.tap import Taps, noted
 from tinyonn_jax.learning import signals as surprise
 from tinyonn_jax.learning import variational
 from tinyonn_jax.learning.integrity import predictive_integrity
@@ -48,6 +49,9 @@ def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: MetaState,
     Raises:
         TypeError: the loss function returned something else.
         ValueError: the names of the routings are not those of the routed layers in `params`.
+
+    Warns:
+        UserWarning: no gradient reaches the tap of some layer, most likely because the loss function does not hand it on.
     """
     returned = jax.eval_shape(loss_fn, params, None, batch)
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Aux)):
@@ -58,7 +62,13 @@ def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: MetaState,
             f"loss_fn returned routings {sorted(shapes.routings)}, but the routed layers are {sorted(layers(params))}"
         )
     taps = surprise.make_taps(shapes.routings)
-    (loss, aux), (grads, tapped) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(params, taps, batch)
+    reached: set[str] = set()
+    tapped_loss = lambda params, taps: loss_fn(params, noted(taps, reached), batch)  # noqa: E731
+    (loss, aux), (grads, tapped) = jax.value_and_grad(tapped_loss, (0, 1), has_aux=True)(params, taps)
+    for name in sorted(set(taps) - reached):
+        warnings.warn(
+            f"no gradient reaches the tap of layer {name!r}: its surprise is zero. Is taps[{name!r}] handed on?", stacklevel=2
+        )
     signals = surprise.read(tapped, aux.routings)
 
     objective = jax.value_and_grad(rule.objective, has_aux=True)
