@@ -44,6 +44,19 @@ def test_step_compiles_where_gradients_are_summed_over_fsdp_in_the_scan(monkeypa
     assert ("ragged-all-to-all" in text) == (dispatch == "all-to-all")
 
 
+@pytest.mark.parametrize(
+    ("topology", "slices", "mesh"),
+    [("v5p:4x4x4", 1, (16, 2, 2)), ("v5p:4x4x4", 1, (1, 16, 4)), ("v6e:8x8", 1, (16, 2, 2)), ("v5p:2x2x1", 2, (2, 2, 2))],
+)
+def test_meshes_are_laid_over_pods(monkeypatch, chips, topology, slices, mesh):
+    pod = topologies.get_topology_desc(topology, platform="tpu", num_slices=slices).devices
+    monkeypatch.setattr(jax, "devices", lambda *_: pod)
+    laid = sharding.make_mesh(MeshConfig(*mesh)).devices
+    assert laid.shape == mesh and len(set(laid.flat)) == len(pod)
+    if slices > 1:  # data lies over them
+        assert all(len({chip.slice_index for chip in part.flat}) == 1 for part in laid)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize(
     ("rows", "modules", "inputs", "outputs"),

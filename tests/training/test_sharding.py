@@ -57,6 +57,33 @@ def test_mesh_that_does_not_fit_is_one_clear_line(cfg, word):
     assert "mesh.fsdp" in str(error.value) and "\n" not in str(error.value)
 
 
+class Gpu:
+    """What is looked at of a device."""
+
+    platform, device_kind = "gpu", "H100"
+
+    def __init__(self, id, node):
+        self.id, self.slice_index = id, node
+
+
+@pytest.mark.parametrize(
+    ("shape", "per_node", "want"),
+    [
+        ((4, 2, 2), 8, [[0, 0], [0, 0], [1, 1], [1, 1]]),  # data alone goes over nodes
+        ((2, 4, 2), 4, [[0, 0, 1, 1], [2, 2, 3, 3]]),  # fsdp too, where data cannot take them all
+    ],
+)
+def test_as_few_axes_as_can_be_go_over_nodes(shape, per_node, want):
+    devices = [Gpu(i, i // per_node) for i in (*range(8, 16), *range(8))]  # in the order in which processes happened to come
+    nodes = np.array([gpu.slice_index for gpu in sharding._arranged(shape, devices).flat]).reshape(shape)
+    np.testing.assert_array_equal(nodes, np.broadcast_to(np.array(want)[..., None], shape))
+
+
+def test_nodes_that_differ_are_refused():
+    with pytest.raises(ConfigError, match=r"2 × 4 × 1.*2 slices or nodes"):
+        sharding._arranged((2, 4, 1), [Gpu(i, i // 5) for i in range(8)])
+
+
 def test_embed_goes_over_fsdp_and_what_does_not_divide_stays_whole():
     mesh = sharding.make_mesh(MeshConfig(fsdp=4))
     specs = jax.tree.map(lambda s: s.spec, sharding.state_shardings(mesh, SPEC, SPEC))

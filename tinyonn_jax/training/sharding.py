@@ -7,12 +7,13 @@ sharding of the parameter it belongs to.
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tinyonn_jax.config import ConfigError, MeshConfig
@@ -64,7 +65,30 @@ def make_mesh(cfg: MeshConfig, local: bool = False) -> Mesh:
     shape, names = (data, cfg.fsdp, cfg.expert), MESH_AXES
     if cfg.dispatch == "all-to-all" and cfg.expert > 1:
         names = (*MESH_AXES[:2], EXCHANGE)
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape), devices=devices[:used])
+    return Mesh(_arranged(shape, devices[:used]), names, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in this shape, neighbours along the last axes; slow links, between nodes of GPUs and slices of TPUs, along the
+    first, as few as can be.
+
+    Raises:
+        ConfigError: they cannot be laid out so.
+    """
+    slices = rest = len({getattr(device, "slice_index", 0) for device in devices})
+    between = []
+    for size in shape:
+        between.append(math.gcd(size, rest))
+        rest //= between[-1]
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        within = [size // n for size, n in zip(shape, between, strict=True)]
+        return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    except (ValueError, AssertionError, NotImplementedError):  # one of the last for chips that are no box
+        sizes = " × ".join(map(str, shape))
+        where = f"{slices} slices or nodes of" if slices > 1 else "the links of"
+        raise ConfigError(f"mesh.data × mesh.fsdp × mesh.expert ({sizes}) cannot be laid over {where} these devices") from None
 
 
 def _along(mesh: Mesh, name: str | None) -> tuple[str, ...]:
