@@ -74,6 +74,9 @@ def evaluate(args: cli.Evaluate) -> None:
     names = ("outputs", "task_mean", "tasks")
     lines = [[name, *(percent(score[name][key]) for key in names)] for name in ("pass@1", "pass@2")]
     counts = score["counts"]
+    if not counts["outputs"]:
+        print(f"no test output is known; the answers are in {args.workdir / 'submission.json'}")
+        return
     table(f"{counts['outputs']} test outputs of {counts['tasks']} tasks, checkpoint of step {score['checkpoint']}", header, lines)
     if score.get("greedy_per_recursion"):
         print("greedy answers right after each recursion:", ", ".join(map(percent, score["greedy_per_recursion"])))
@@ -85,9 +88,9 @@ def predict(args: cli.Predict) -> None:
 
     cli.set_up(args.compilation_cache)
     run, checkpoint = _open(args)
-    if bool(args.task) == (args.file is not None):
-        raise ConfigError("predict needs one of --task ID and --file FILE")
-    task = trained.find_task(run, args.task) if args.file is None else trained.read_task(run, args.file)
+    if not args.task and args.file is None:
+        raise ConfigError("predict needs --task ID or --file FILE")
+    task = trained.find_task(run, args.task) if args.file is None else trained.read_task(run, args.file, args.task)
     network = trained.load(run, checkpoint, print)
     predictions = network.ranked(network.answer((task,)), (task,))
     for line in predictions.too_long:

@@ -59,3 +59,5 @@ def test_backprop_needs_weights_that_follow_their_logits(select, weight, graded)
     else:
         with pytest.raises(ConfigError, match=r"model\.select"):
             Config(model=model, learning=rule)
+        with pytest.raises(ConfigError, match=r"take model\.kind dfc"):
+            Config(model=ModelConfig(kind="dfc_hard"), learning=rule)

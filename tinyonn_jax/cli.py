@@ -22,7 +22,7 @@ import tyro
 from tinyonn_jax import host
 from tinyonn_jax.arc.tasks import DataError
 from tinyonn_jax.config import Config, ConfigError, EvalConfig, Kind, MeshConfig, RuleName
-from tinyonn_jax.observe.files import stored_preset
+from tinyonn_jax.observe.files import stored_origin
 from tinyonn_jax.presets import PRESETS, Preset
 from tinyonn_jax.runs import stored_config
 from tinyonn_jax.training.checkpoint import CheckpointError
@@ -114,9 +114,9 @@ class Predict(Trained):
     """Answer one task: show the grids here, and save them as a picture."""
 
     task: str = ""
-    """Id of one of the run's tasks."""
+    """Id of one of the run's tasks, or of one in a Kaggle file."""
     file: Path | None = None
-    """A task file of your own, unseen in training (runs with data.format context)."""
+    """A task file of your own, or a Kaggle file of several, unseen in training (runs with data.format context)."""
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,15 @@ def parse(command: str, args: Sequence[str]) -> Any:
     kind = COMMANDS[command]
     missing: Any = tyro.MISSING
     defaults: dict[str, Any] = {}
-    workdir = Path(_value(args, "workdir") or "")
-    stored = stored_config(workdir)
+    named = _value(args, "workdir")
+    if named == "":
+        raise ConfigError("workdir must name a folder, got an empty name")
+    workdir = Path(named or "")
+    stored = stored_config(workdir) if named and kind not in (Report, Compare) else None
+    if kind in (Evaluate, Predict):  # the names of train, too
+        args = [arg.replace("--eval.", "--", 1) if arg.startswith("--eval.") else arg for arg in args]
     if kind in (Train, Continual):
-        began = stored_preset(workdir) if stored else None
+        began = stored_origin(workdir) if stored else None
         preset = _value(args, "preset") or began or kind.__dataclass_fields__["preset"].default
         known = preset if preset in PRESETS else "demo"  # tyro says what is wrong with any other
         defaults = {"preset": known, "config": stored if stored and preset == began else PRESETS[known][1]}
@@ -227,11 +232,14 @@ def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if distributed:
         count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-        jax.distributed.initialize(
-            num_processes=int(count) if count else None,
-            process_id=int(index) if index else None,
-            heartbeat_timeout_seconds=30,  # after which a process that hangs, waiting for one that was killed, is ended
-        )
+        try:
+            jax.distributed.initialize(
+                num_processes=int(count) if count else None,
+                process_id=int(index) if index else None,
+                heartbeat_timeout_seconds=30,  # after which a process that hangs, waiting for one that was killed, is ended
+            )
+        except ValueError as error:
+            raise ConfigError(f"--distributed: {str(error).rstrip('.')}; it needs one of: {_ONE_OF_MANY}") from None
 
 
 def again() -> str:

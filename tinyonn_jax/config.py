@@ -409,8 +409,12 @@ class Config:
             or self.model.kind == "dense"
             or self.model.kind == "dfc"
             or (self.model.kind == "dyntrm" and self.model.graded),
-            "learning.rule backprop needs weights with a gradient: set model.select to top_k with model.weight softmax or relu, "
-            "or to relu or threshold",
+            "learning.rule backprop needs weights with a gradient, "
+            + (
+                "and neurons of kind dfc_hard are on or off: take model.kind dfc, or another rule"
+                if self.model.kind == "dfc_hard"
+                else "set model.select to top_k with model.weight softmax or relu, or to relu or threshold"
+            ),
         )
         if self.mesh.expert > 1:
             model, split = self.model, self.mesh.expert

@@ -31,7 +31,7 @@ from tinyonn_jax.config import Config, ConfigError
 from tinyonn_jax.layers import grouped
 from tinyonn_jax.models.flops import useful_flops
 from tinyonn_jax.observe.console import Progress
-from tinyonn_jax.observe.files import stored_preset, write_atomically
+from tinyonn_jax.observe.files import stored_origin, write_atomically
 from tinyonn_jax.observe.writers import MetricsWriter
 from tinyonn_jax.stored import differences, from_json, to_json
 from tinyonn_jax.training import assemble, loop, sharding
@@ -92,25 +92,30 @@ def open_run(folder: Path) -> Run:
 
 def begin(folder: Path, config: Config, preset: str, command: str = "") -> Run:
     """The run in a folder, begun there if it is not yet; `config.mesh` and `config.eval` may change from one start to the next,
-    and everything as long as nothing has been saved.
+    which is kept, and everything as long as nothing has been saved.
 
     `preset` and `command` are noted, for the record.
 
     Raises:
-        ConfigError: a run with another configuration is there, or options are set that do nothing.
+        ConfigError: a run with another configuration is there, options do nothing, or the devices do not fit the mesh.
         DataError: the tasks cannot be used.
     """
     folder, before = Path(folder), stored_config(folder)
     changed = [] if before is None else differences(before, config)
+    sharding.make_mesh(config.mesh)  # raises before anything is written
     if before is not None and not changed:
+        with _alone(folder):
+            if before != config and jax.process_index() == 0:
+                write_atomically(folder / CONFIG, to_json(config))
         return replace(open_run(folder), config=config)
     if changed and any((folder / CHECKPOINTS).glob("*")):
-        began = f"preset {stored_preset(folder)}, not {preset}; " if stored_preset(folder) not in (preset, None) else ""
+        began = f"preset {stored_origin(folder)}, not {preset}; " if stored_origin(folder) not in (preset, None) else ""
+        first = stored_origin(folder, "command")
         raise ConfigError(
             f"{folder / CONFIG} differs from this command: {began}{'; '.join(changed)}; what a run began with stays: leave these "
-            "out to go on with it, or begin another one with --workdir"
+            f"out to go on with it{f' (it began as: {first})' if first else ''}, or begin another one with --workdir"
         )
-    make_rule(config)  # raises before anything is written
+    make_rule(config)  # raises, too
     sets = load_task_sets(config.data)
     with _alone(folder):
         origin = {"preset": preset, "command": command, "tinyonn_jax": __version__, "python": platform.python_version()}

@@ -2,8 +2,9 @@
 
 import difflib
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from tinyonn_jax.arc import submission
 from tinyonn_jax.arc.evaluate import evaluate as answer
 from tinyonn_jax.arc.forced import exact_per_recursion, ranked
-from tinyonn_jax.arc.tasks import Task, parse_task, read_json
+from tinyonn_jax.arc.tasks import Task, load_source, parse_task, read_json
 from tinyonn_jax.config import ConfigError
 from tinyonn_jax.layers import base, grouped
 from tinyonn_jax.models import transformer
@@ -131,6 +132,8 @@ def evaluate(run: Run, checkpoint: Which) -> dict[str, Any] | None:
         CheckpointError, ConfigError: see `load`.
     """
     process, processes = jax.process_index(), jax.process_count()
+    if not process and not os.access(run.folder, os.W_OK):  # better now than when all is decoded
+        raise ConfigError(f"{run.folder}: cannot be written to, and score.json belongs there; check its permissions")
     say = Progress(0, process=process).line
     trained = load(run, checkpoint, say)
     if processes > 1:
@@ -167,19 +170,26 @@ def find_task(run: Run, name: str) -> Task:
     Raises:
         ConfigError: there is none.
     """
-    tasks = {task.id: task for task in (*run.sets.tasks, *run.sets.evaluation) if task.test}
-    if name in tasks:
-        return tasks[name]
-    near = difflib.get_close_matches(name, tasks, 3) or sorted(tasks)[:3]
+    return _named(name, [task for task in (*run.sets.tasks, *run.sets.evaluation) if task.test], run.folder)
+
+
+def _named(name: str, tasks: Iterable[Task], where: Path) -> Task:
+    by_id = {task.id: task for task in tasks}
+    if name in by_id:
+        return by_id[name]
+    near = difflib.get_close_matches(name, by_id, 3) or sorted(by_id)[:3]
     like = f", like {', '.join(near)}" if near else ""
-    raise ConfigError(f"task {name} is not in {run.folder}, which has {len(tasks)}{like}")
+    if not name:
+        raise ConfigError(f"{where} has {len(by_id)} tasks{like}: name one with --task")
+    raise ConfigError(f"task {name} is not in {where}, which has {len(by_id)}{like}")
 
 
-def read_task(run: Run, file: Path) -> Task:
-    """A task file of the user's own, for a run that can answer tasks that it was not trained on.
+def read_task(run: Run, file: Path, name: str = "") -> Task:
+    """A task of the user's own, for a run that can answer tasks that it was not trained on: the only one in a file, or the one of
+    that id in a Kaggle file.
 
     Raises:
-        ConfigError: the run cannot.
+        ConfigError: the run cannot, or there is no such task.
         DataError: the file is no valid task.
     """
     if run.config.data.format != "context":
@@ -187,4 +197,7 @@ def read_task(run: Run, file: Path) -> Task:
             f"{run.folder} was trained with data.format pair and knows only its own tasks; for unseen ones train with "
             "--data.format context --model.no-task-embedding"
         )
-    return parse_task(file.stem, read_json(file), str(file))
+    raw = read_json(file)
+    if isinstance(raw, dict) and raw and "train" not in raw and "test" not in raw:
+        return _named(name, load_source(str(file), "eval").tasks, file)
+    return parse_task(file.stem, raw, str(file))

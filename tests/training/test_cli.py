@@ -144,7 +144,7 @@ def test_a_folder_that_another_process_trains_into_is_refused(copy, monkeypatch,
 
 @pytest.mark.parametrize("shortened", [False, True])
 def test_the_same_command_again_finds_the_run_complete(copy, shortened, monkeypatch, capsys):
-    before = {path: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+    before = {path: path.read_bytes() for path in copy.iterdir() if path.is_file() and path.name != "config.json"}  # has the mesh
     args = SMALL[:2] if shortened else SMALL
     assert here(monkeypatch, "train", *args, "--workdir", copy, "--mesh.data", "1") == 0
     assert "is complete: 60 of 60 steps" in capsys.readouterr().out
@@ -163,9 +163,9 @@ def test_a_command_that_differs_is_refused_with_the_fields(copy, monkeypatch, ca
 
 def test_what_failed_before_anything_was_saved_may_be_started_otherwise(tmp_path, monkeypatch, capsys):
     for experts in (5, 10):
-        args = ("--model.experts", str(experts), "--mesh.expert", "5", "--model.latent-heads", "10", "--model.heads", "5")
+        args = ("--model.experts", str(experts), "--data.buckets", "2", "--mesh.data", "1")
         assert here(monkeypatch, "train", "--preset", "smoke", "--workdir", tmp_path, *args) == 2
-        assert "must divide the number of devices, which is 8" in capsys.readouterr().err
+        assert "data.buckets" in capsys.readouterr().err
         assert from_json((tmp_path / "config.json").read_text()).model.experts == experts
 
 
@@ -256,7 +256,7 @@ def test_evaluate_predict_and_report_need_the_folder_alone(copy, tmp_path, monke
     assert score["checkpoint"] == 60 and score["augmentations"] == 2
     speed = score["speed"]
     assert speed["sequences_per_second"] == pytest.approx(speed["sequences"] / speed["seconds"]) and 10 < speed["sequences"] <= 20
-    assert re.search(r"decoded (\d+) of \1 sequences, [\d,]+ a (second|minute), 0:00 left", done.stdout)
+    assert re.search(r"decoded (\d+) of \1 sequences", done.stdout)
     assert all(0 <= score[name][key] <= 1 for name in ("pass@1", "pass@2") for key in ("outputs", "task_mean", "tasks"))
     submission = json.loads((copy / "submission.json").read_text())
     predictions = json.loads((copy / "predictions.json").read_text())["tasks"]
@@ -303,6 +303,8 @@ MISTAKES = {
     "no such network": (["continual", "--workdir", "{}", "--networks", "dense"], "'dense' is not KIND/RULE"),
     "nothing in stages": (["continual", "--workdir", "{}", "--preset", "demo"], "preset demo mixes its tasks"),
     "too narrow": (["continual", "--workdir", "{}", "--parameters", "1000"], "parameters 1,000 are too few"),
+    "a folder without a name": (["train", "--workdir", ""], "workdir must name a folder"),
+    "more devices than there are": (["train", "--preset", "smoke", "--workdir", "{}", "--mesh.data", "9"], "another --mesh.data"),
     "no such folder": (["evaluate", "--workdir", "{}"], "no such run folder"),
     "no folder to report on": (["report", "--workdir", "{}"], "no such run folder"),
 }
@@ -313,6 +315,7 @@ def test_a_mistake_is_one_line_and_exit_2(args, says, tmp_path, monkeypatch, cap
     assert here(monkeypatch, *(arg.format(tmp_path / "new") for arg in args)) == 2
     out, err = capsys.readouterr()
     assert says in err and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in out + err
+    assert not (tmp_path / "new" / "config.json").exists()  # which would stand in the way of the corrected command
 
 
 def test_mistakes_about_a_run_that_is_there(copy, monkeypatch, capsys):
@@ -333,6 +336,35 @@ def test_mistakes_about_a_run_that_is_there(copy, monkeypatch, capsys):
     (copy / "config.json").write_text('{"model": {"dim": 1')
     assert here(monkeypatch, "train", "--workdir", copy) == 2
     assert f"{copy / 'config.json'}: not JSON" in capsys.readouterr().err
+
+
+def test_a_config_of_something_else_where_one_stands_is_not_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text('{"name": "another project"}')
+    assert here(monkeypatch, "train", "--help") == 0
+    assert here(monkeypatch, "evaluate", "--workdir", "runs/none") == 2
+    assert "no such run folder" in capsys.readouterr().err
+
+
+def test_mesh_and_evaluation_named_later_are_kept(copy, monkeypatch, capsys):
+    assert here(monkeypatch, "train", "--workdir", copy, "--mesh.data", "1", "--eval.augmentations", "3") == 0
+    stored = from_json((copy / "config.json").read_text())
+    assert stored.mesh.data == 1 and stored.eval.augmentations == 3
+    assert here(monkeypatch, "evaluate", "--workdir", copy, "--eval.batch", "8") == 0  # a name of train
+    score = json.loads((copy / "score.json").read_text())
+    assert score["eval"]["augmentations"] == 3 and score["eval"]["batch"] == 8
+
+
+def test_what_differs_from_a_run_names_how_it_began(copy, monkeypatch, capsys):
+    assert here(monkeypatch, "train", "--workdir", copy, "--model.dim", "64") == 2
+    assert f"it began as: {json.loads((copy / 'run.json').read_text())['command']})" in capsys.readouterr().err
+
+
+def test_processes_that_cannot_be_joined_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    assert here(monkeypatch, "train", "--preset", "smoke", "--workdir", tmp_path / "new", "--distributed") == 2
+    err = capsys.readouterr().err
+    assert "--distributed: " in err and "JAX_COORDINATOR_ADDRESS" in err and err.count("\n") == 1
 
 
 def test_invalid_tasks_stop_the_start_or_are_skipped(tmp_path, monkeypatch, capsys):
@@ -356,6 +388,12 @@ def test_a_file_of_ones_own_for_a_run_that_takes_it(tmp_path):
     parsed = cli.parse("train", ["--workdir", str(tmp_path / "run"), *where, *context])
     run = runs.begin(tmp_path / "run", parsed.config, "demo")
     assert trained.read_task(run, tasks / "good.json").id == "good"
+    several = tasks / "several_challenges.json"
+    several.write_text(json.dumps(dict.fromkeys(("a", "b"), json.loads((tasks / "good.json").read_text()))))
+    assert trained.read_task(run, several, "b").id == "b"
+    for name, says in (("", "has 2 tasks, like a, b: name one with --task"), ("c", "task c is not in")):
+        with pytest.raises(ConfigError, match=says):
+            trained.read_task(run, several, name)
     with pytest.raises(ValueError, match="12 is no colour"):
         trained.read_task(run, tasks / "bad.json")
 

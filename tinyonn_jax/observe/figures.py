@@ -92,7 +92,7 @@ def _losses(ax: Axes, rows: Sequence[Row]) -> None:
     curve(ax, rows, "main_loss", "main", BLUE)
     curve(ax, rows, "valid_loss", "validation", GREEN, linestyle="--")
     log_axis(ax)
-    if len(column(rows, "meta_loss")[0]):
+    if np.any(column(rows, "meta_loss")[1]):
         right = twin(ax, "meta", RED)
         curve(right, rows, "meta_loss", "meta (right)", RED)
         legend(ax, right)
@@ -127,7 +127,7 @@ def _surprise(ax: Axes, rows: Sequence[Row]) -> None:
     curve(ax, rows, "surprise_output", "output", RED)
     curve(ax, rows, "surprise_param", "parameter", ORANGE)
     if not ax.lines:
-        return empty(ax, NOT_MEASURED if rows else NOTHING)
+        return empty(ax, NOT_MEASURED if layer_names(rows) else NO_LAYERS if rows else NOTHING)
     log_axis(ax)
     if len(column(rows, "tau")[0]):
         right = twin(ax, "tau", BLUE)
@@ -341,7 +341,7 @@ def _prototypes(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> 
     flat, explained = _plane(points)
     for mask, label, colour, marker in _verdicts(routing, layer, len(points)):
         ax.scatter(*flat[mask].T, s=46, color=colour, marker=marker, edgecolor="white", linewidth=0.7, label=label, zorder=3)
-    if len(points) <= 32:
+    if len(points) <= 16:
         for members in _together(flat):
             label, place = _ranges(members), {"xytext": (2, 5), "textcoords": "offset points"}
             ax.annotate(label, flat[members[0]], **place, rotation=40, fontsize=7.5, color=INK)

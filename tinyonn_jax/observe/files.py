@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tinyonn_jax.config import Config, ConfigError
 from tinyonn_jax.stored import from_json
@@ -49,13 +49,13 @@ def read_config(folder: Path) -> Config | None:
         return None
 
 
-def stored_preset(folder: Path) -> str | None:
-    """The preset that a run began with, where that is known."""
+def stored_origin(folder: Path, what: Literal["preset", "command"] = "preset") -> str | None:
+    """What a run began with, where that is known."""
     try:
-        preset = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("preset")
+        noted = json.loads((folder / "run.json").read_text(encoding="utf-8")).get(what)
     except (OSError, ValueError, AttributeError):
         return None
-    return preset if isinstance(preset, str) else None
+    return noted if isinstance(noted, str) else None
 
 
 def require_run(folder: Path) -> None:

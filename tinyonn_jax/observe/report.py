@@ -17,7 +17,7 @@ import numpy as np
 from tinyonn_jax.config import Config
 from tinyonn_jax.observe.answers import ARC_COLOURS, MARK, Entry, Grid, answers, judge, solved
 from tinyonn_jax.observe.figures import write_dashboards
-from tinyonn_jax.observe.files import damaged, read_config, read_json, require_run, stored_preset, write_atomically
+from tinyonn_jax.observe.files import damaged, read_config, read_json, require_run, stored_origin, write_atomically
 from tinyonn_jax.observe.metrics import Row, column, count, duration, latest, percent, training_seconds
 from tinyonn_jax.observe.writers import read_metrics
 from tinyonn_jax.presets import PRESETS
@@ -188,7 +188,7 @@ def _configuration(folder: Path, config: Config | None) -> str:
             return _missing("No configuration: <code>config.json</code> is missing.")
         text = _esc(path.read_text(encoding="utf-8", errors="replace"))
         return _missing("Written by another version; shown as it is.") + f'<pre class="scroll">{text}</pre>'
-    preset, _ = preset_and_flags(config, stored_preset(folder))
+    preset, _ = preset_and_flags(config, stored_origin(folder))
     base = dataclasses.asdict(PRESETS[preset][1])
     out = f'<p class="note">Marked fields differ from preset <code>{preset}</code>.</p><div class="sections">'
     for section, values in dataclasses.asdict(config).items():
@@ -203,7 +203,7 @@ def _configuration(folder: Path, config: Config | None) -> str:
 def _reproduce(folder: Path, config: Config | None, score: Entry | None) -> str:
     if config is None:
         return _missing("The command is not known without a readable <code>config.json</code>.")
-    preset, flags = preset_and_flags(config, stored_preset(folder))
+    preset, flags = preset_and_flags(config, stored_origin(folder))
     workdir = f"--workdir runs/{shlex.quote(folder.resolve().name)}"
     lines = [" ".join(["python experiments/arc.py train", f"--preset {preset}", workdir, *flags])]
     own, used = dataclasses.asdict(config.eval), (score or {}).get("eval", {})

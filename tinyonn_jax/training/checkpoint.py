@@ -8,6 +8,7 @@ newest few and the best are kept. A checkpoint that is not what was written is p
 import dataclasses
 import json
 import math
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from jax.experimental import multihost_utils
 _OWN_ITEMS = ("params", "ema")
 _CHECKSUMS = "checksums.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"
+_LOST = re.compile(r"Gloo|NCCL|[Cc]oordination|[Bb]arrier|Connection |UNAVAILABLE|DEADLINE_EXCEEDED")  # not the storage
 _FOREVER = 30 * 24 * 3_600_000  # milliseconds
 S = TypeVar("S")
 Say = Callable[[str], None]
@@ -128,14 +130,17 @@ class Checkpoints:
 
     @contextmanager
     def _one_line(self) -> Iterator[None]:
-        """Turns whatever a failed write raises into one line."""
+        """Turns whatever a failed write raises into one line, but for the loss of another process."""
         try:
             yield
         except Exception as error:  # whatever the storage below Orbax raises
+            reason = _first_line(error)
+            if jax.process_count() > 1 and _LOST.search(reason):
+                raise jax.errors.JaxRuntimeError(reason) from error
             intact = f"the one of step {steps(self.folder)[-1]} is intact. " if steps(self.folder) else ""
             raise CheckpointError(
-                f"{self.folder}: the checkpoint of step {self._saving} could not be written ({_first_line(error)}); {intact}"
-                "Free some space and run the same command again"
+                f"{self.folder}: the checkpoint of step {self._saving} could not be written ({reason}); {intact}"
+                "Free some space, or mend what else is wrong there, and run the same command again"
             ) from error
 
 
@@ -163,7 +168,7 @@ def restore_params(
         raise CheckpointError(f"{folder}: no checkpoint yet; train first")
     if isinstance(step, int) and step not in there:
         raise CheckpointError(f"{folder}: no checkpoint of step {step}; saved steps: {', '.join(map(str, there))}")
-    good, _ = _undamaged(folder, say)
+    good, _ = _undamaged(folder, (lambda _: None) if isinstance(step, int) else say)
     if step == "best":
         ranks = {s: _rank(json.loads((folder / str(s) / "metrics" / "metrics").read_text())) for s in good}
         step = max(good, key=lambda s: (ranks[s], s))

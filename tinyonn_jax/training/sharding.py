@@ -56,7 +56,7 @@ def make_mesh(cfg: MeshConfig, local: bool = False) -> Mesh:
         need = "needs" if used > len(devices) else "leaves some of the processes without a device: it takes"
         raise ConfigError(
             f"mesh.data × mesh.fsdp × mesh.expert ({data} × {cfg.fsdp} × {cfg.expert}) {need} {used} devices, and there are "
-            f"{len(devices)}"
+            f"{len(devices)}; choose another --mesh.data (0 takes all that remain)"
         )
     if cfg.grouped == "tokamax" and not importlib.util.find_spec("tokamax"):
         raise ConfigError("mesh.grouped tokamax needs an optional package: pip install 'tinyonn_jax[tokamax]'")
