@@ -185,7 +185,8 @@ def _divergence(ax: Axes, rows: Sequence[Row]) -> None:
 
 def _gradients(ax: Axes, rows: Sequence[Row]) -> None:
     curve(ax, rows, "grad_norm_main", "main", BLUE)
-    curve(ax, rows, "grad_norm_meta", "meta", RED)
+    if np.any(column(rows, "grad_norm_meta")[1]):
+        curve(ax, rows, "grad_norm_meta", "meta", RED)
     if not ax.lines:
         return empty(ax, NOTHING)
     log_axis(ax)
