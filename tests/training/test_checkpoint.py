@@ -214,6 +214,22 @@ except CheckpointError as error:
 """
 
 
+@pytest.mark.parametrize(
+    ("reason", "kind"), [("UNKNOWN: Gloo AllGather failed: Connection reset by peer", RuntimeError), ("no room", CheckpointError)]
+)
+def test_a_process_that_is_lost_in_a_save_is_not_taken_for_a_full_disk(tmp_path, monkeypatch, reason, kind):
+    def fail(*_, **__):
+        raise ValueError(reason)
+
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", fail)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        with pytest.raises(kind, match=reason) as error:
+            checkpoints.save(20, make())
+        assert ("Free some space" in str(error.value)) == (kind is CheckpointError)
+        monkeypatch.undo()
+
+
 def test_a_full_disk_loses_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
