@@ -162,7 +162,9 @@ def routed(inputs: int, isolate: bool) -> Network:
 
     spec = {"first": spl.spec(first), "second": spl.spec(second), "readout": readout()}
     label = "SPL, isolated" if isolate else "SPL, not isolated"
-    return Network(label, spec, sars(), task, lambda params, x: forward(params, x, None)[0], isolated=isolate)
+    return Network(
+        label, spec, sars()._replace(isolate=isolate), task, lambda params, x: forward(params, x, None)[0], isolated=isolate
+    )
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------------

@@ -190,6 +190,12 @@ def test_layers_that_share_a_cache_extend_their_own_part(params):
         assert np.abs(b - before).max() > 0.1
 
 
+@pytest.mark.parametrize("shape", [(B, T - 1, G * C), (B, T, G, C), (B + 1, T, G * C), (2, B, T, G * C)])
+def test_a_cache_that_does_not_fit_is_refused(params, shape):
+    with pytest.raises(ValueError, match="has no room for keys"):
+        cached(params, X, attention.Cache(jnp.zeros(shape), jnp.zeros(shape)), POSITIONS, jnp.zeros(B, int), jnp.zeros(B, int))
+
+
 def test_a_cache_needs_to_know_where_tokens_start(params):
     cache = attention.Cache(jnp.zeros((B, T, G * C)), jnp.zeros((B, T, G * C)))
     with pytest.raises(ValueError, match="at which slots the tokens start"):

@@ -122,6 +122,13 @@ def test_names_that_do_not_match_are_refused():
         gradients(network(say={"b": "c"}), none(), params, None, BATCH)
 
 
+@pytest.mark.parametrize(("rule", "isolate"), [(backprop(), True), (sars(), False), (none(), False)])
+def test_layers_isolate_their_routers_as_the_rule_needs(rule, isolate):
+    """Else `backprop` would teach routers nothing, and `none` would teach them, both without a word."""
+    with pytest.raises(ValueError, match=f"layer 'a'.*isolate={rule.isolate}"):
+        gradients(network(isolate=isolate), rule, parameters(), None, BATCH)
+
+
 def test_a_tap_that_is_not_handed_on_is_told_of():
     """Its surprise would be zero, and its router learn nothing, without a word."""
     forgetful = lambda params, taps, batch: network()(params, taps and {"a": taps["a"]}, batch)  # noqa: E731

@@ -25,7 +25,14 @@ class Cache:
     layer: Int[Array, ""] | None = None
 
     def extended(self, k: Float[Array, "B T G C"], v: Float[Array, "B T G C"], start: Int[Array, " B"]) -> "Cache":
-        """The cache with more keys and values, at slots start…start+T-1 of each sequence."""
+        """The cache with more keys and values, at slots start…start+T-1 of each sequence.
+
+        Raises:
+            ValueError: they fit no slots of this cache.
+        """
+        (b, t, g, c), shape = k.shape, self.keys.shape
+        if shape[-3] != b or shape[-2] < t or shape[-1] != g * c or len(shape) != 3 + (self.layer is not None):
+            raise ValueError(f"a cache [B,S,G·C] of {list(shape)} has no room for keys [B,T,G,C] of {list(k.shape)}")
         return replace(self, keys=self._written(self.keys, k, start), values=self._written(self.values, v, start))
 
     def read(self, head_dim: int) -> tuple[Array, Array]:
@@ -98,7 +105,7 @@ def attend(
     """Softmax attention of queries over rotated keys; query head i reads group i // (Q / G).
 
     With a cache the T keys and values are written at slots start…start+T-1 first, and attention runs over the whole cache.
-    They must fit: nothing notices start + T > S, where the last of them are lost.
+    They must fit: nothing notices start + T > S, where the last of them are lost, as `start` is not known when this is traced.
     """
     q, k = rotary(q, where.turn), rotary(k, where.turn)
     if cache is not None:

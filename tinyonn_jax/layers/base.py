@@ -37,11 +37,13 @@ def tokens_of(x: Float[Array, "*B D"], dim: int, axes: int) -> Float[Array, "N D
     """The tokens of x, one after the other.
 
     Raises:
-        ValueError: x has another number of axes, is not `dim` wide, or is not of floating point.
+        ValueError: x has another number of axes, is not `dim` wide, is not of floating point, or has no tokens.
     """
     x = jnp.asarray(x)
     if x.ndim != axes or x.shape[-1] != dim or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"expected {axes} axes, the last of them {dim} wide, of floating point; got {x.dtype}{list(x.shape)}")
+    if not x.size:
+        raise ValueError(f"there are no tokens in x, {x.dtype}{list(x.shape)}")
     return x.reshape(-1, dim)
 
 

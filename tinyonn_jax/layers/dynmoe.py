@@ -52,7 +52,8 @@ def apply(
     valid: Bool[Array, "B T"] | None = None,
     tap: Tap | None = None,
 ) -> tuple[Float[Array, "B T D"], routing.Routing]:
-    """The layer on x; tokens where `valid` is false are not routed and give zero (or the shared experts' output)."""
+    """The layer on x; tokens where `valid` is false, which may hold anything finite, are not routed and give zero (or the shared
+    experts' output)."""
     tokens = tokens_of(x, cfg.dim, 3)
     chosen = routing.route(params.router, tokens, cfg.router, None if valid is None else valid.reshape(-1))
     chosen = parallel.fit(chosen)

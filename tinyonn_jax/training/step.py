@@ -48,7 +48,8 @@ def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: MetaState,
 
     Raises:
         TypeError: the loss function returned something else.
-        ValueError: the names of the routings are not those of the routed layers in `params`.
+        ValueError: the names of the routings are not those of the routed layers in `params`, or a router is cut off from the main
+            loss where the rule needs it, or the other way round.
 
     Warns:
         UserWarning: no gradient reaches the tap of some layer, most likely because the loss function does not hand it on.
@@ -61,6 +62,10 @@ def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: MetaState,
         raise ValueError(
             f"loss_fn returned routings {sorted(shapes.routings)}, but the routed layers are {sorted(layers(params))}"
         )
+    for name, routing in shapes.routings.items():
+        if routing.config.isolate != rule.isolate:
+            what = "isolates its router from the main loss" if routing.config.isolate else "lets the main loss reach its router"
+            raise ValueError(f"layer {name!r} {what}, which this rule does not: give it RouterConfig(…, isolate={rule.isolate})")
     taps = surprise.make_taps(shapes.routings)
     reached: set[str] = set()
     tapped_loss = lambda params, taps: loss_fn(params, noted(taps, reached), batch)  # noqa: E731
