@@ -53,3 +53,18 @@ def test_tokens_of_refuses_what_would_be_taken_for_other_tokens():
     for wrong in (x[0], x[..., :2], x.astype(int)):
         with pytest.raises(ValueError, match="3 axes, the last of them 4 wide, of floating point; got"):
             base.tokens_of(wrong, 4, 3)
+
+
+def test_inputs_without_tokens_and_masks_of_others_are_refused():
+    with pytest.raises(ValueError, match="no tokens"):
+        base.tokens_of(np.ones((0, 3, 4), np.float32), 4, 3)
+    x = np.ones((2, 3, 4), np.float32)
+    assert base.valid_of(None, x) is None and base.valid_of(np.ones((2, 3), bool), x).shape == (6,)
+    for wrong in ((3, 2), (6,), (2,), (1,)):
+        with pytest.raises(ValueError, match=r"each token of x \[2, 3, 4\]"):
+            base.valid_of(np.ones(wrong, bool), x)
+
+
+def test_heads_that_cannot_turn_are_refused():
+    with pytest.raises(ValueError, match="even size, got 3"):
+        base.rotation(np.ones((1, 2, 1), np.int32), 3)

@@ -110,7 +110,7 @@ def attend(
     q, k = rotary(q, where.turn), rotary(k, where.turn)
     if cache is not None:
         cache = cache.extended(k, v, where.start)
-        k, v = cache.read(k.shape[-1])
+        k, v = (a.astype(q.dtype) for a in cache.read(k.shape[-1]))
     fused = partial(_fused, fresh=cache is None) if cudnn_takes(q) else _masked
     args = q, k, v, mask(where, k.shape[1]), where.prefix
     return jax.lax.platform_dependent(*args, cuda=fused, default=_heads_first), cache

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Initializer = Callable[[Array, tuple[int, ...]], Array]
 
@@ -45,6 +45,19 @@ def tokens_of(x: Float[Array, "*B D"], dim: int, axes: int) -> Float[Array, "N D
     if not x.size:
         raise ValueError(f"there are no tokens in x, {x.dtype}{list(x.shape)}")
     return x.reshape(-1, dim)
+
+
+def valid_of(valid: Bool[Array, "*B"] | None, x: Float[Array, "*B D"]) -> Bool[Array, " N"] | None:
+    """Which of the tokens of x are valid, one after the other; None where all are.
+
+    Raises:
+        ValueError: `valid` is not as x is without its last axis.
+    """
+    if valid is None:
+        return None
+    if valid.shape != x.shape[:-1]:
+        raise ValueError(f"`valid` must tell of each token of x {list(x.shape)}; got {list(valid.shape)}")
+    return valid.reshape(-1)
 
 
 def wrong_choices(config: Any) -> Iterator[str]:
@@ -157,7 +170,12 @@ def rotation(positions: Int[Array, "B T A"], size: int, base: float = 100.0) -> 
 
     A = 1 for text, 3 for grids as (x, y, grid index). The C/2 frequency pairs are dealt out to the axes in turn, so every axis
     gets short wavelengths (2π) and long ones (up to 2π·base).
+
+    Raises:
+        ValueError: heads of an odd size.
     """
+    if size % 2:
+        raise ValueError(f"rotary positions turn pairs of channels: heads must have an even size, got {size}")
     pairs, axes = size // 2, positions.shape[-1]
     axis = jnp.arange(pairs) % axes
     frequency = base ** (-(jnp.arange(pairs) // axes) / -(-pairs // axes))

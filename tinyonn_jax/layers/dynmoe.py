@@ -11,7 +11,7 @@ import flax.struct
 from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import experts, parallel, routing
-from tinyonn_jax.layers.base import tokens_of
+from tinyonn_jax.layers.base import tokens_of, valid_of
 from tinyonn_jax.layers.tap import Tap
 
 
@@ -55,7 +55,7 @@ def apply(
     """The layer on x; tokens where `valid` is false, which may hold anything finite, are not routed and give zero (or the shared
     experts' output)."""
     tokens = tokens_of(x, cfg.dim, 3)
-    chosen = routing.route(params.router, tokens, cfg.router, None if valid is None else valid.reshape(-1))
+    chosen = routing.route(params.router, tokens, cfg.router, valid_of(valid, x))
     chosen = parallel.fit(chosen)
     y = experts.routed_mlp(params.modules, tokens, chosen, cfg.gated, tap)
     if params.shared is not None:

@@ -12,7 +12,7 @@ import flax.struct
 from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import attention, routing, spl
-from tinyonn_jax.layers.base import tokens_of
+from tinyonn_jax.layers.base import tokens_of, valid_of
 from tinyonn_jax.layers.tap import NeuronTap, by_role
 
 
@@ -42,7 +42,13 @@ class Params:
 
 
 def spec(cfg: Config) -> Params:
-    """The parameters of a DynSIHA layer, as `Param`s."""
+    """The parameters of a DynSIHA layer, as `Param`s.
+
+    Raises:
+        ValueError: the heads do not divide the width.
+    """
+    if cfg.dim % cfg.heads:
+        raise ValueError(f"heads must divide dim, got {cfg.heads} and {cfg.dim}")
     one = spl.spec(cfg.projection)
     return Params(one, one, one, one if cfg.output else None)
 
@@ -65,7 +71,7 @@ def apply(
     b, t, d = x.shape
     where = attention.place(where, cache, b, t, d // cfg.heads)
     taps = by_role(tap, ("q", "k", "v", "o") if params.o is not None else ("q", "k", "v"))
-    flat = None if valid is None else valid.reshape(-1)
+    flat = valid_of(valid, x)
     routings: dict[str, routing.Routing] = {}
 
     def project(role: str, tokens: Float[Array, "N D"]) -> Float[Array, "N D"]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import attention, linear, routing
 from tinyonn_jax.layers import tap as taps
-from tinyonn_jax.layers.base import Param, fan_in, tokens_of
+from tinyonn_jax.layers.base import Param, fan_in, tokens_of, valid_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def apply(
     tokens = tokens_of(x, cfg.dim, 3)
     b, t, _ = x.shape
     where = attention.place(where, cache, b, t, cfg.head_dim)
-    chosen = routing.route(params.router, tokens, cfg.router, None if valid is None else valid.reshape(-1))
+    chosen = routing.route(params.router, tokens, cfg.router, valid_of(valid, x))
 
     q = linear.project(tokens, params.modules.w_q.astype(x.dtype), chosen, tap).reshape(b, t, -1, cfg.head_dim)
     k, v = ((tokens @ w.astype(x.dtype)).reshape(b, t, -1, cfg.head_dim) for w in (params.w_k, params.w_v))

@@ -12,7 +12,7 @@ import flax.struct
 from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import routing, spl
-from tinyonn_jax.layers.base import tokens_of
+from tinyonn_jax.layers.base import tokens_of, valid_of
 from tinyonn_jax.layers.tap import NeuronTap, by_role
 
 
@@ -58,7 +58,7 @@ def apply(
 ) -> tuple[Float[Array, "B T D"], dict[str, routing.Routing]]:
     """The layer on x; routings (and taps) by role, `first` and `second`."""
     tokens, taps = tokens_of(x, cfg.dim, 3), by_role(tap, ("first", "second"))
-    flat = None if valid is None else valid.reshape(-1)
+    flat = valid_of(valid, x)
     hidden, first = spl.apply(params.first, tokens, cfg.first, valid=flat, tap=taps["first"])
     y, second = spl.apply(params.second, hidden, cfg.second, valid=flat, tap=taps["second"])
     return y.reshape(x.shape), {"first": first, "second": second}

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import routing
-from tinyonn_jax.layers.base import Param, normal, tokens_of, zeros
+from tinyonn_jax.layers.base import Param, normal, tokens_of, valid_of, zeros
 from tinyonn_jax.layers.tap import NeuronTap
 
 
@@ -70,7 +70,7 @@ def apply(
     The gradient of the tap is |δ| of every token and neuron, ‖x‖ of every token, and of every neuron Σ_n δ² and ‖dL/dmu_o‖².
     """
     x = tokens_of(x, cfg.inputs, 2)
-    chosen = routing.route_all(params.router, x, cfg.router, valid)
+    chosen = routing.route_all(params.router, x, cfg.router, valid_of(valid, x))
     mu, bias = params.modules.mu.astype(x.dtype), params.modules.bias.astype(x.dtype)
     return _neurons(cfg.activation, x, mu, bias, chosen.weight, chosen.valid, tap), chosen
 
