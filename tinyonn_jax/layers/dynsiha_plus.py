@@ -80,7 +80,8 @@ def apply(
 ) -> tuple[Float[Array, "B T D"], routing.Routing, attention.Cache | None]:
     """The layer on x: output, routing, and the cache with this call's keys and values (None without a cache).
 
-    `where` says who sees whom and where tokens stand; by default causal, in order. Tokens where `valid` is false are not routed.
+    `where` says who sees whom and where tokens stand; by default causal, in order. Tokens where `valid` is false are not routed;
+    those after them see their keys all the same, so padding belongs at the end.
     """
     tokens = tokens_of(x, cfg.dim, 3)
     b, t, _ = x.shape
