@@ -196,6 +196,12 @@ def test_a_cache_that_does_not_fit_is_refused(params, shape):
         cached(params, X, attention.Cache(jnp.zeros(shape), jnp.zeros(shape)), POSITIONS, jnp.zeros(B, int), jnp.zeros(B, int))
 
 
+def test_a_context_of_other_tokens_is_refused(params):
+    for wrong in ((B, 1, C), (B + 1, T, C), (B, T, 2 * C)):
+        with pytest.raises(ValueError, match="made for other tokens"):
+            mha.apply(params, X, LAYER, where=attention.in_order(*wrong))
+
+
 def test_a_cache_needs_to_know_where_tokens_start(params):
     cache = attention.Cache(jnp.zeros((B, T, G * C)), jnp.zeros((B, T, G * C)))
     with pytest.raises(ValueError, match="at which slots the tokens start"):

@@ -81,11 +81,18 @@ def place(where: Context | None, cache: "Cache | None", batch: int, length: int,
     """`where`, or in order.
 
     Raises:
-        ValueError: there is a cache, and nothing says where in it the tokens stand.
+        ValueError: there is a cache, and nothing says where in it the tokens stand; or `where` is that of other tokens or heads.
     """
     if where is None and cache is not None:
         raise ValueError("with a cache, `where` must say at which slots the tokens start: attention.context(positions, …, start)")
-    return in_order(batch, length, head_dim) if where is None else where
+    if where is None:
+        return in_order(batch, length, head_dim)
+    shape = where.turn[0].shape
+    if shape[0] not in (1, batch) or shape[1:] != (length, 1, head_dim // 2):
+        raise ValueError(
+            f"`where` is made for other tokens: {list(shape)} is not [B,T,1,C/2] of {[batch, length, 1, head_dim // 2]}"
+        )
+    return where
 
 
 def mask(where: Context, keys: int) -> Bool[Array, "B 1 T S"]:
