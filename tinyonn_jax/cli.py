@@ -168,8 +168,6 @@ def parse(command: str, args: Sequence[str]) -> Any:
         raise ConfigError("workdir must name a folder, got an empty name")
     workdir = Path(named or "")
     stored = stored_config(workdir) if named and kind not in (Report, Compare) else None
-    if kind in (Evaluate, Predict):  # the names of train, too
-        args = [arg.replace("--eval.", "--", 1) if arg.startswith("--eval.") else arg for arg in args]
     if kind in (Train, Continual):
         began = stored_origin(workdir) if stored else None
         preset = _value(args, "preset") or began or kind.__dataclass_fields__["preset"].default
@@ -177,6 +175,7 @@ def parse(command: str, args: Sequence[str]) -> Any:
         defaults = {"preset": known, "config": stored if stored and preset == began else PRESETS[known][1]}
     elif kind in (Evaluate, Predict):
         defaults = {"eval": (stored or Config()).eval, "mesh": MeshConfig()}
+        args = [f"--{arg.removeprefix('--eval.')}" if arg.startswith("--eval.") else arg for arg in args]  # train's names, too
     required = {name: missing for name in ("workdir", "workdirs") if name in kind.__dataclass_fields__}
     return _parse(kind, args, kind(**required, **defaults), f"python experiments/arc.py {command}")
 

@@ -85,7 +85,7 @@ def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         within = [size // n for size, n in zip(shape, between, strict=True)]
         return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
-    except (ValueError, AssertionError, NotImplementedError):  # one of the last for chips that are no box
+    except (ValueError, AssertionError):  # slices that do not divide the shape or differ in size; chips that are no box
         sizes = " × ".join(map(str, shape))
         where = f"{slices} slices or nodes of" if slices > 1 else "the links of"
         raise ConfigError(f"mesh.data × mesh.fsdp × mesh.expert ({sizes}) cannot be laid over {where} these devices") from None
