@@ -206,3 +206,9 @@ def test_a_cache_needs_to_know_where_tokens_start(params):
     cache = attention.Cache(jnp.zeros((B, T, G * C)), jnp.zeros((B, T, G * C)))
     with pytest.raises(ValueError, match="at which slots the tokens start"):
         mha.apply(params, X, LAYER, cache=cache)
+
+
+def test_without_a_cache_tokens_start_at_their_own_keys(params):
+    """Wherever a context for a cache says that they start: a token must not come to see later ones."""
+    where = attention.context(POSITIONS, C, start=jnp.array([2, 1]))
+    np.testing.assert_array_equal(mha.apply(params, X, LAYER, where=where)[0], uncached(params, X, POSITIONS, jnp.zeros(B, int)))

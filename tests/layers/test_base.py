@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tinyonn_jax.layers import base
-from tinyonn_jax.layers.base import Param
+from tinyonn_jax.layers.base import Param, entropy
 
 SPEC = {"a": Param((40, 30), ("embed", None), base.fan_in), "b": {"c": Param((5,), (None,), base.ones)}}
 
@@ -68,3 +68,12 @@ def test_inputs_without_tokens_and_masks_of_others_are_refused():
 def test_heads_that_cannot_turn_are_refused():
     with pytest.raises(ValueError, match="even size, got 3"):
         base.rotation(np.ones((1, 2, 1), np.int32), 3)
+
+
+def test_entropy_of_impossible_outcomes():
+    logits = jnp.array([[1.0, -jnp.inf, 2.0], [0.0, -jnp.inf, -jnp.inf]])
+    p = jax.nn.softmax(logits[0, ::2])
+    np.testing.assert_allclose(entropy(logits), [-jnp.sum(p * jnp.log(p)), 0], atol=1e-6)
+    got = jax.grad(lambda v: jnp.sum(entropy(v)))(logits)
+    np.testing.assert_allclose(got[0, ::2], jax.grad(entropy)(logits[0, ::2]), rtol=1e-5)
+    assert not np.any(got[0, 1]) and not np.any(got[1])

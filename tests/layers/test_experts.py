@@ -227,3 +227,9 @@ def test_neurons_are_refused():
     neurons = jax.eval_shape(lambda: routing.route_all(Router(jnp.ones((E, D)), jnp.zeros(E)), X, cfg))
     with pytest.raises(ValueError, match="route_all"):
         experts.routed(lambda p, x: x * p, jnp.ones(E), X, neurons)
+
+
+@pytest.mark.parametrize("f", [lambda p, x: x[:, 0] * p, lambda p, x: x[None] * p, lambda p, x: x[:1] * p])
+def test_a_module_gives_a_row_for_every_token(f):
+    with pytest.raises(ValueError, match="a row for every token"):
+        experts.routed(f, jnp.ones(E), X, ROUTING)

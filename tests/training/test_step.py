@@ -414,3 +414,21 @@ def test_a_rule_may_measure_what_it_likes_of_each_layer():
     rule = none()._replace(objective=lambda *_: (jnp.float32(0), found))
     metrics = make_train_step(network(), rule, tx)(start(rule, tx), BATCH)[1]
     assert (float(metrics["one"]), float(metrics["two"])) == (1, 2)
+
+
+def test_metrics_of_the_steps_own_are_not_taken():
+    tx = make_optimizer(OPTIM, 10)
+    for name in ("main_loss", "kl", "layers", "skipped", "pi"):
+
+        def named(params, taps, batch, name=name):
+            loss, aux = network()(params, taps, batch)
+            return loss, aux.replace(metrics=aux.metrics | {name: loss})
+
+        with pytest.raises(ValueError, match=rf"metrics \['{name}'\].*rename"):
+            jax.eval_shape(make_train_step(named, none(), tx), start(none(), tx), BATCH)
+
+
+def test_a_step_passes_the_search_for_nans():
+    tx = make_optimizer(OPTIM, 10)
+    with jax.debug_nans(True):
+        make_train_step(network(), sars(), tx)(start(sars(), tx), BATCH)

@@ -51,8 +51,8 @@ class Cache:
 class Context:
     """Where the T tokens of a call stand, made once by `context` for all layers.
 
-    `turn` rotary cosines and sines `[B,T,1,C/2]`; `start [B]` slot of the first token among all keys; `prefix [B]` slots that
-    every token sees (0: purely causal).
+    `turn` rotary cosines and sines `[B,T,1,C/2]`; `start [B]` slot of the first token in the cache, if there is one; `prefix
+    [B]` slots that every token sees (0: purely causal).
     """
 
     turn: tuple[Array, Array]
@@ -115,7 +115,9 @@ def attend(
     They must fit: nothing notices start + T > S, where the last of them are lost, as `start` is not known when this is traced.
     """
     q, k = rotary(q, where.turn), rotary(k, where.turn)
-    if cache is not None:
+    if cache is None:  # the keys are those of the queries themselves
+        where = replace(where, start=jnp.zeros_like(where.start))
+    else:
         cache = cache.extended(k, v, where.start)
         k, v = (a.astype(q.dtype) for a in cache.read(k.shape[-1]))
     fused = partial(_fused, fresh=cache is None) if cudnn_takes(q) else _masked

@@ -149,7 +149,7 @@ def _entropy_fwd(logits):
     # Without axes of length one: reducing a product of arrays that have some takes jaxlib 0.10 thirty times as long on CPUs.
     rows = logits.reshape(*(n for n in lead if n != 1), logits.shape[-1])
     peak = jnp.max(rows, -1)
-    z = rows - peak[..., None]
+    z = jnp.maximum(rows - peak[..., None], jnp.finfo(rows.dtype).min)  # finite also of logits −∞, whose p is 0
     e = jnp.exp(z)
     total = jnp.sum(e, -1)
     h = jnp.log(total) - jnp.sum(e * z, -1) / total
@@ -158,7 +158,7 @@ def _entropy_fwd(logits):
 
 def _entropy_bwd(saved, g):
     logits, log_total, h = saved
-    log_p = logits - log_total
+    log_p = jnp.maximum(logits - log_total, jnp.finfo(logits.dtype).min)
     return (-g[..., None] * jnp.exp(log_p) * (log_p + h),)
 
 

@@ -99,7 +99,7 @@ def routed(f: Module, params: Any, x: Float[Array, "N D"], routing: Routing, tap
     for large modules.
 
     Raises:
-        ValueError: the routing is that of neurons (`routing.route_all`).
+        ValueError: the routing is that of neurons (`routing.route_all`), or f gives something else than a row for every token.
     """
     if routing.index is None:
         raise ValueError("modules are routed by `route`; a routing by `route_all` is that of neurons (layers.spl)")
@@ -110,7 +110,10 @@ def _own(f: Module, params_m: Any, x: Float[Array, "N D"], hit_m: Bool[Array, " 
     """One module on its own tokens, and zero for those of others, in whose place it sees one of its own: it may have no value or
     no derivative at theirs, or at zero."""
     hit = hit_m[:, None]
-    return jnp.where(hit, f(params_m, jnp.where(hit, x, jax.lax.stop_gradient(x[jnp.argmax(hit_m)]))), 0)
+    y = f(params_m, jnp.where(hit, x, jax.lax.stop_gradient(x[jnp.argmax(hit_m)])))
+    if y.ndim != 2 or len(y) != len(x):
+        raise ValueError(f"a module gives a row for every token: f(params_m, x {list(x.shape)}) gave {list(y.shape)}")
+    return jnp.where(hit, y, 0)
 
 
 def _hits(routing: Routing) -> Bool[Array, "N M"]:

@@ -58,17 +58,18 @@ def summary(routing: Routing, signals: Signals, like: Float[Array, "*L M"]) -> d
     `like` has the shape of the layer's modules: stacked blocks have modules of their own, whose figures are averaged and
     `dead_modules` counted, and told apart in `load [L,M]` and `active_share_by_block [L]`. `load [M]` share of the slots in use
     that each module serves; `gating_acc` share of (token, group) decisions with several active modules, any of them surprised,
-    whose top logit is the least surprised (by parameter gradient). It is NaN when there is none, and for neurons, of which a
-    token uses many at once and prefers none. `dropped`: share of the slots in use that went without their module, NaN where that
-    cannot be.
+    whose top logit is the least surprised (by parameter gradient): NaN when there is none, and not there where there cannot be
+    one, as with one slot for each group, or neurons, of which a token uses many at once and prefers none. `dropped`: share of the
+    slots in use that went without their module, where that can be.
     """
     used = pooled(served(routing), like)  # [*L,M]
     modules = used.shape[-1]
     load = used / jnp.maximum(jnp.sum(used, -1, keepdims=True), 1)
     valid = jnp.maximum(jnp.sum(routing.valid), 1)
     slots = jnp.sum(used)  # those in use
-    dropped = jnp.float32(jnp.nan) if routing.dropped is None else jnp.sum(routing.dropped) / jnp.maximum(slots, 1)
-    computed = jnp.maximum(slots if routing.dropped is None else slots - jnp.sum(routing.dropped), 1)
+    dropped = None if routing.dropped is None else jnp.sum(routing.dropped)
+    computed = jnp.maximum(slots if dropped is None else slots - dropped, 1)
+    choice = routing.index is not None and routing.config.slots_per_group > 1
     output = jnp.sum(signals.output, -1)
     # Of neurons the same, without going through all of them again.
     param = jnp.sum(signals.param, -1) if signals.token is None else output * signals.token
@@ -81,8 +82,8 @@ def summary(routing: Routing, signals: Signals, like: Float[Array, "*L M"]) -> d
         "max_load": jnp.mean(jnp.max(load, -1)) * modules,
         "dead_modules": jnp.sum(used == 0),
         "unrouted": jnp.sum(routing.unrouted) / valid,
-        "dropped": dropped,
-        "gating_acc": _gating_accuracy(routing, signals),
+        **({} if dropped is None else {"dropped": dropped / jnp.maximum(slots, 1)}),
+        **({"gating_acc": _gating_accuracy(routing, signals)} if choice else {}),
         "surprise_output": jnp.sum(output) / computed,
         "surprise_param": jnp.sum(param) / computed,
     }
@@ -94,8 +95,6 @@ def _computed(routing: Routing) -> Bool[Array, "*R N K"]:
 
 
 def _gating_accuracy(routing: Routing, signals: Signals) -> Array:
-    if routing.index is None:
-        return jnp.float32(jnp.nan)
     active = _computed(routing).reshape(*routing.active.shape[:-1], routing.config.groups, -1)
     surprise = signals.param.reshape(active.shape)
     contested = (active.sum(-1) > 1) & jnp.any(active & (surprise > 0), -1)

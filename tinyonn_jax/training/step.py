@@ -31,7 +31,12 @@ from tinyonn_jax.training.state import TrainState
 
 @flax.struct.dataclass
 class Aux:
-    """What a loss function returns besides the loss: a `Routing` for each routed layer, by its dotted path, and metrics."""
+    """What a loss function returns besides the loss: a `Routing` for each routed layer, by its dotted path, and metrics.
+
+    The routing of a layer that is applied R times is that of all its calls, stacked along a leading axis R; its tap then has that
+    axis too, and call i takes `jax.tree.map(lambda t: t[i], taps[name])`, as a scan over the taps does by itself. Of the metrics
+    `main_acc` and `tau` (see `learning.integrity`) are made use of; names that the step itself measures are refused.
+    """
 
     routings: dict[str, Routing]
     metrics: dict[str, Array]
@@ -48,8 +53,8 @@ def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: MetaState,
 
     Raises:
         TypeError: the loss function returned something else.
-        ValueError: the names of the routings are not those of the routed layers in `params`, or a router is cut off from the main
-            loss where the rule needs it, or the other way round.
+        ValueError: the names of the routings are not those of the routed layers in `params`; or a router is cut off from the main
+            loss where the rule needs it, or the other way round; or the loss function's metrics have names of the step's own.
 
     Warns:
         UserWarning: no gradient reaches the tap of some layer, most likely because the loss function does not hand it on.
@@ -83,14 +88,20 @@ def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: MetaState,
     grads = rule.adjust(grads, params, aux.routings, signals, meta)
 
     metrics = {
-        **aux.metrics,
         "main_loss": loss,
         "meta_loss": meta_loss,
         **_routing_metrics(params, aux.routings, signals, rule_metrics, meta),
     }
     if aux.routings:
         metrics["elbo"] = -loss - sum(layer["kl"] for layer in metrics["layers"].values())
-    return grads, aux.routings, signals, metrics
+    return grads, aux.routings, signals, _joined(aux.metrics, metrics)
+
+
+def _joined(metrics: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A loss function's metrics and the step's own."""
+    if taken := sorted(metrics.keys() & own):
+        raise ValueError(f"metrics {taken} of the loss function have names of the train step's own: rename them")
+    return metrics | own
 
 
 def _routing_metrics(params: Any, routings: Any, signals: Any, rule_metrics: Any, meta: MetaState) -> dict[str, Any]:
@@ -186,15 +197,15 @@ def make_train_step(
         finite = jnp.isfinite(metrics["main_loss"]) & jnp.isfinite(norm_main) & jnp.isfinite(norm_meta)
         kept = replace(state, step=state.step + 1, skipped=state.skipped + 1, skipped_total=state.skipped_total + 1)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
-        if "tau" in metrics:
-            metrics["pi"] = predictive_integrity(metrics["main_loss"], metrics["tau"], metrics.get("surprise_output", 0.0), *pi)
-        metrics |= {
+        own = {
             "grad_norm_main": norm_main,
             "grad_norm_meta": norm_meta,
             "ema_acc": new.meta.accuracy,
             "skipped": new.skipped,
             "skipped_total": new.skipped_total,
         }
-        return new, metrics
+        if "tau" in metrics:
+            own["pi"] = predictive_integrity(metrics["main_loss"], metrics["tau"], metrics.get("surprise_output", 0.0), *pi)
+        return new, _joined(metrics, own)
 
     return jax.jit(step, donate_argnums=0)
