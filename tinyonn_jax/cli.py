@@ -64,9 +64,9 @@ NETWORKS = (
 
 @dataclass(frozen=True)
 class Continual:
-    """Learn tasks in stages with several networks, and compare how much is left of the earlier ones."""
+    """Learn tasks in stages with several networks, and compare how much is left of the earlier ones; again in full: goes on."""
 
-    workdir: Workdir
+    workdir: Annotated[Path, tyro.conf.arg(help="Folder for a run folder of each network and seed, for instance runs/continual.")]
     config: Annotated[Config, Flat]
     preset: From = "continual"
     networks: tuple[str, ...] = NETWORKS
@@ -150,7 +150,8 @@ COMMANDS: dict[str, type] = {
 
 
 def parse(command: str, args: Sequence[str]) -> Any:
-    """The arguments of a command. Where `--workdir` holds a run, what is not named is as that run has it.
+    """The arguments of a command. Where `--workdir` holds a run, what is not named is as that run has it: for `train` all, for
+    `evaluate` and `predict` the fields of `eval` (the mesh is that of the devices at hand). `continual` keeps nothing.
 
     So a repeated `train` may name less than the first one did; a value or another preset that it does name and that differs is
     for `runs.begin` to refuse. A new run takes the values of `--preset`.
@@ -218,7 +219,11 @@ def usage(program: str) -> str:
 
 
 def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
-    """What concerns the whole process: memory, the compilation cache, other processes, what Orbax prints besides raising it."""
+    """What concerns the whole process: memory, the compilation cache, other processes, what Orbax prints besides raising it.
+
+    Raises:
+        ConfigError: the other processes cannot be found.
+    """
     host.tune(alone=not distributed)
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

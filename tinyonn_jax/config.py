@@ -101,7 +101,7 @@ class ModelConfig:
     task_embedding: bool = True
     """Add a learned embedding of the task to every token (data.format pair); false works on unseen tasks."""
     rope_base: float = 100.0
-    """Longest wavelength of the rotary positions, in cells over two pi."""
+    """Base b of the rotary positions: along an axis wavelengths rise from 2 pi cells towards 2 pi b (46 of 100, heads of 32)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of activations; parameters, norms, softmax and signals stay float32. float16 overflows sooner: no loss is scaled."""
 
@@ -339,7 +339,7 @@ class EvalConfig:
     decode: Literal["greedy", "search"] = "greedy"
     """greedy: one completion a view; search: every completion above eval.min_probability."""
     min_probability: float = 0.1
-    """search: completions at least this probable are found and vote."""
+    """search: completions at least this probable are found and vote; 0.001 or more."""
     finalists: int = 0
     """Candidates with most votes that are ranked anew, by their mean log-probability in every view; 0: votes decide alone."""
     batch: int = 64
@@ -352,7 +352,7 @@ class EvalConfig:
     def __post_init__(self):
         _require_types(self, "eval")
         _require(self.augmentations >= 1, f"eval.augmentations must be at least 1, got {self.augmentations}")
-        _require(0 < self.min_probability <= 1, f"eval.min_probability must lie in (0, 1], got {self.min_probability}")
+        _require(0.001 <= self.min_probability <= 1, f"eval.min_probability must lie in [0.001, 1], got {self.min_probability}")
         _require(
             self.finalists == 0 or self.finalists >= 2,
             f"eval.finalists must be 0, or at least 2 for there to be an order among them, got {self.finalists}",
@@ -372,7 +372,7 @@ class MeshConfig:
     expert: int = 1
     """Devices that share the experts and latent heads (dyntrm); must divide --model.experts and --model.latent-heads."""
     grouped: Choice = "auto"
-    """Kernel of routed modules; auto: the platform's; loop, padded: in blocks; ragged, tokamax: ragged_dot; dense: all."""
+    """Kernel of routed modules: loop (auto on CPUs), pallas (NVIDIA), padded (other GPUs), ragged (TPUs), tokamax; dense: all."""
     dispatch: Dispatch = "replicate"
     """Along mesh.expert, replicate: devices have the same tokens; all-to-all: each has its own and sends them to the experts."""
     capacity: float = 2.0

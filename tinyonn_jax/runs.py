@@ -73,7 +73,7 @@ def open_run(folder: Path) -> Run:
     """The run in a folder.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or its files cannot be read.
         DataError: its tasks are damaged.
     """
     folder, config = Path(folder), stored_config(folder)
@@ -91,13 +91,14 @@ def open_run(folder: Path) -> Run:
 
 
 def begin(folder: Path, config: Config, preset: str, command: str = "") -> Run:
-    """The run in a folder, begun there if it is not yet; `config.mesh` and `config.eval` may change from one start to the next,
-    which is kept, and everything as long as nothing has been saved.
+    """The run in a folder, begun there if it is not yet.
 
-    `preset` and `command` are noted, for the record.
+    A later start may have another `config.mesh` and `config.eval`, which are then kept; anything else may change only until the
+    first checkpoint. `preset` and `command` are noted, for the record.
 
     Raises:
-        ConfigError: a run with another configuration is there, options do nothing, or the devices do not fit the mesh.
+        ConfigError: a run with another configuration is there, another process trains it, or its files cannot be read; options do
+            nothing, or the devices do not fit the mesh.
         DataError: the tasks cannot be used.
     """
     folder, before = Path(folder), stored_config(folder)

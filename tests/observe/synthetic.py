@@ -69,10 +69,11 @@ def routing(experts: int = 8, heads: int = 16, dim: int = 24) -> dict[str, np.nd
     return {key: value.astype(np.float32) for key, value in out.items()}
 
 
-def predictions(tasks: int = 30) -> dict:
-    """Tasks of random grids; two in three are solved, and the failures miss a cell, a shape or an answer."""
+def predictions(tasks: int = 30) -> tuple[dict, dict]:
+    """Answers to tasks of random grids, of which two in three are solved, and the failures miss a cell, a shape or an answer; and
+    the tasks, as a run folder stores them."""
     rng = np.random.default_rng(2)
-    out, shown = {}, {}
+    out, shown = {}, []
     for t in range(tasks):
         h, w = rng.integers(2, 11, 2)
         grids = [rng.integers(0, 10, (h, w)) * (rng.random((h, w)) < 0.4) for _ in range(9)]
@@ -90,8 +91,9 @@ def predictions(tasks: int = 30) -> dict:
             greedy = None if not candidates else (truth if t % 2 == 0 and t % 3 != 1 else off).tolist()
             entries.append({"input": question.tolist(), "truth": truth.tolist(), "greedy": greedy, "candidates": candidates})
         out[f"{t:04x}{rng.integers(16**4):04x}"] = entries
-        shown[list(out)[-1]] = [[g.tolist(), g[::-1].tolist()] for g in grids[2:5]]
-    return {"tasks": out, "demonstrations": shown, "augmentations": 16, "checkpoint": 2200}
+        pairs = [{"input": g.tolist(), "output": g[::-1].tolist()} for g in grids[2:5]]
+        shown.append({"id": list(out)[-1], "train": pairs, "test": []})
+    return {"tasks": out, "augmentations": 16, "checkpoint": 2200}, {"evaluation": shown}
 
 
 def score() -> dict:
@@ -119,11 +121,13 @@ def write_run(folder: Path, routed: bool = True, **kwargs) -> Path:
         groups["router"] = 3096
     total = sum(groups.values())
     parameters = {"total": total, "embeddings": 8192, "routers": groups.get("router", 0), "groups": groups}
+    answered, tasks = predictions()
     contents = {
         "config.json": to_json(config),
         "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows(routed=routed, **kwargs)),
         "score.json": json.dumps(score()),
-        "predictions.json": json.dumps(predictions()),
+        "predictions.json": json.dumps(answered),
+        "tasks.json": json.dumps(tasks),
         "parameters.json": json.dumps(parameters),
     }
     for name, text in contents.items():
@@ -140,9 +144,10 @@ if __name__ == "__main__":
     for name, is_routed in (("dyntrm", True), ("dense", False)):
         run = write_run(target / name, is_routed)
         figures.write_dashboards(run)
-    data = predictions()
+    data, known = predictions()
     for i in (0, 1, 4):
         task = list(data["tasks"])[i]
-        axes.save(grids.task_figure(task, data["tasks"][task], data["demonstrations"][task]), target / f"task{i}.png")
+        pairs = [(pair["input"], pair["output"]) for pair in known["evaluation"][i]["train"]]
+        axes.save(grids.task_figure(task, data["tasks"][task], pairs), target / f"task{i}.png")
     runs = {"runs/dyntrm": rows(), "runs/dense": rows(routed=False, steps=1500)}
     axes.save(compare.compare_figure(runs), target / "compare.png")

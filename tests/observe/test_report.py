@@ -69,7 +69,8 @@ def test_the_numbers_of_the_run_are_there(page):
         "Solved 20", "Failed 10", "expert_hidden 192", "python experiments/arc.py train --preset demo --workdir runs/routed",
     ):  # fmt: skip
         assert said in words, said
-    for task_id in synthetic.predictions()["tasks"]:
+    assert words.count("Demonstrations") == 30
+    for task_id in synthetic.predictions()[0]["tasks"]:
         assert task_id in words
     assert [tag for tag, name, _ in page.attributes if name == "src"] == ["img", "img"]
 

@@ -53,7 +53,7 @@ def free_colours(demonstrations: Sequence[Pair], permute_zero: bool = False) -> 
 
 
 def views(task: Task, n: int, seed: int, permute_zero: bool = False) -> list[Augmentation]:
-    """Up to n views of a task to vote over, the first the identity; a function of (task, seed), and a prefix of those for more.
+    """Up to n views of a task to vote over, the first the identity. They follow from task and seed; a longer list begins alike.
 
     Any two differ in the dihedral transform or in a colour that the task shows (demonstrations, test inputs): a task with few
     colours may have fewer than n. Dihedral transforms take turns, so that n = 16 shows each twice.

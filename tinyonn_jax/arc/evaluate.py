@@ -1,6 +1,6 @@
 """Evaluation: every test input in several views, decoded in batches, and voted on.
 
-Letters: W completions a query, K prompts, P processes, S prompts of each. Source: ARC.md.
+Letters: W completions a query, K prompts, P processes, S prompts of each. Source: mdlARC.
 """
 
 import hashlib
@@ -18,13 +18,11 @@ from tinyonn_jax.arc.submission import Prediction, Predictions
 from tinyonn_jax.arc.tasks import Pair, Task
 from tinyonn_jax.arc.tokens import END, MAX_SIDE
 from tinyonn_jax.arc.vote import Answer, read, vote
-from tinyonn_jax.config import ConfigError, DataConfig, EvalConfig
+from tinyonn_jax.config import DataConfig, EvalConfig
 
 _Answers = dict[tuple[str, int], list[Answer]]  # by task id and test input
 _Ask = Callable[[Sequence[int]], Prompts]  # the prompts of these numbers
 _Found = Iterator[tuple[np.ndarray, generate.Completions]]  # numbers [K] of prompts, and what follows them [K,W,…]
-
-WIDEST = 1000  # completions of one prompt, side by side
 
 
 class _Work(NamedTuple):
@@ -128,9 +126,6 @@ def evaluate(
     everything, plain = _distinct(groups, data), _Work([], [])
     width = generate.search_width(cfg.min_probability)
     if cfg.decode == "search":
-        if width > WIDEST:
-            asked = f"eval.min_probability {cfg.min_probability} asks for {width:,} completions a prompt"
-            raise ConfigError(f"{asked}; raise it to {1 / WIDEST} or more")
         plain = _distinct({b: [query for query in group if query.view == Augmentation()] for b, group in groups.items()}, data)
     done, total = 0, sum(len(range(p, len(work.asked), processes)) for work in (plain, everything))
     if cfg.decode == "search":

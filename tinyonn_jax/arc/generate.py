@@ -2,7 +2,7 @@
 
 The model is handed in as two functions: anything with a cache decodes. Each way compiles once per (prompt length, cap, batch).
 Letters: B prompts, T prompt tokens, W completions a prompt, N rows decoded side by side (B·W in the search), M prompts read into
-them at once, K prompts answered, V vocabulary. Source: ARC.md's recipe; the search is the depth-first one of Franzen et al.
+them at once, K prompts answered, V vocabulary. Source: mdlARC; the search is the depth-first one of Franzen et al.
 (2024, "The LLM ARChitect"), level by level.
 """
 

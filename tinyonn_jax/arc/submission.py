@@ -2,7 +2,7 @@
 
 Three aggregations of the same answers are reported, for they differ: the share of test outputs solved, the mean share per task,
 the share of tasks with every output solved. pass@1 is the greedy answer without augmentation, pass@2 the best two of the vote, or
-of its finalists. Letters: S resamples, Q scored tasks. Source: ARC.md, "Evaluating honestly".
+of its finalists. Letters: S resamples, Q scored tasks.
 """
 
 import json

@@ -301,6 +301,11 @@ def _read_kaggle(path: Path) -> Iterator[Callable[[], Task]]:
 
 
 def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        DataError: it cannot be read, or is not JSON in UTF-8.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -314,6 +319,11 @@ def read_json(path: Path) -> Any:
 
 
 def parse_task(name: str, raw: Any, where: str) -> Task:
+    """A task from its JSON, `{"train": [{"input", "output"}, …], "test": […]}`; `where` names the file in errors.
+
+    Raises:
+        DataError: the first fault, with its pair and cell.
+    """
     where = f"{where}: task {_show(name)}"
     if not name.isprintable() or not name:
         raise DataError(f"{where}: the task id must be printable text")

@@ -1,7 +1,7 @@
 """Voting: the answers that a model gives to many views of one test input become a ranking of grids.
 
 Every answer is brought back to the original view; malformed ones and copies of the input are discarded; equal grids are counted,
-and ties broken by mean log-probability. Nothing outlives a call, so no evaluation can vote in another. Source: ARC.md's recipe.
+and ties broken by mean log-probability. Nothing outlives a call, so no evaluation can vote in another. Source: mdlARC.
 """
 
 from collections.abc import Iterable

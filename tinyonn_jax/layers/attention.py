@@ -67,7 +67,11 @@ def context(
     prefix: Int[Array, " B"] | None = None,
     base: float = 100.0,
 ) -> Context:
-    """The context of tokens at `positions`, from the start and purely causal unless told."""
+    """The context of tokens at `positions`, from the start and purely causal unless told.
+
+    Raises:
+        ValueError: heads of an odd size.
+    """
     zero = jnp.zeros(positions.shape[0], jnp.int32)
     return Context(rotation(positions, head_dim, base), zero if start is None else start, zero if prefix is None else prefix)
 
@@ -113,6 +117,9 @@ def attend(
 
     With a cache the T keys and values are written at slots start…start+T-1 first, and attention runs over the whole cache.
     They must fit: nothing notices start + T > S, where the last of them are lost, as `start` is not known when this is traced.
+
+    Raises:
+        ValueError: a cache of another shape.
     """
     q, k = rotary(q, where.turn), rotary(k, where.turn)
     if cache is None:  # the keys are those of the queries themselves

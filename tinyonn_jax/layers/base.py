@@ -169,7 +169,7 @@ def rotation(positions: Int[Array, "B T A"], size: int, base: float = 100.0) -> 
     """Cosines and sines `[B,T,1,C/2]` that rotate heads of `size` C by A-dimensional positions (Su et al., 2021).
 
     A = 1 for text, 3 for grids as (x, y, grid index). The C/2 frequency pairs are dealt out to the axes in turn, so every axis
-    gets short wavelengths (2π) and long ones (up to 2π·base).
+    gets n = ⌈C/2 / A⌉ or one less, with wavelengths 2π·base^(i/n), i = 0 … n-1.
 
     Raises:
         ValueError: heads of an odd size.

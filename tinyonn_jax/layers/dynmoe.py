@@ -36,7 +36,11 @@ class Params:
 
 
 def spec(cfg: Config) -> Params:
-    """The parameters of a DynMoE layer, as `Param`s."""
+    """The parameters of a DynMoE layer, as `Param`s.
+
+    Raises:
+        ValueError: more slots than modules.
+    """
     return Params(
         router=routing.spec(cfg.dim, cfg.router),
         modules=experts.mlp_spec(cfg.dim, cfg.hidden, cfg.gated, cfg.router.modules),
@@ -53,7 +57,11 @@ def apply(
     tap: Tap | None = None,
 ) -> tuple[Float[Array, "B T D"], routing.Routing]:
     """The layer on x; tokens where `valid` is false, which may hold anything finite, are not routed and give zero (or the shared
-    experts' output)."""
+    experts' output).
+
+    Raises:
+        ValueError: `x` or `valid` does not fit.
+    """
     tokens = tokens_of(x, cfg.dim, 3)
     chosen = routing.route(params.router, tokens, cfg.router, valid_of(valid, x))
     chosen = parallel.fit(chosen)

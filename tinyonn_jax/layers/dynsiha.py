@@ -66,6 +66,9 @@ def apply(
     """The layer on x: output, routings by role, and the cache with this call's keys and values (None without a cache).
 
     `where` says who sees whom and where tokens stand; by default causal, in order. Taps go by role as well.
+
+    Raises:
+        ValueError: `x`, `where`, `valid`, `cache` or `tap` does not fit, or the router selects by neither relu nor hard.
     """
     tokens = tokens_of(x, cfg.dim, 3)
     b, t, d = x.shape

@@ -50,7 +50,11 @@ class Params:
 
 
 def spec(cfg: Config) -> Params:
-    """The parameters of a DynSIHA+ layer, as `Param`s. w_o is scaled for a sum over G heads, as in multi-head attention."""
+    """The parameters of a DynSIHA+ layer, as `Param`s. w_o is scaled for a sum over G heads, as in multi-head attention.
+
+    Raises:
+        ValueError: more slots in a group than it has heads.
+    """
     heads, groups = cfg.router.modules, cfg.router.groups
     shared = Param((cfg.dim, groups * cfg.head_dim), ("embed", "heads"), fan_in)
 
@@ -82,6 +86,9 @@ def apply(
 
     `where` says who sees whom and where tokens stand; by default causal, in order. Tokens where `valid` is false are not routed;
     those after them see their keys all the same, so padding belongs at the end.
+
+    Raises:
+        ValueError: `x`, `where`, `valid` or `cache` does not fit.
     """
     tokens = tokens_of(x, cfg.dim, 3)
     b, t, _ = x.shape

@@ -52,6 +52,9 @@ def apply(
     """The layer on x, and the cache with this call's keys and values (None without a cache).
 
     `where` says who sees whom and where tokens stand; by default causal, in order.
+
+    Raises:
+        ValueError: `x`, `where` or `cache` does not fit.
     """
     tokens = tokens_of(x, cfg.dim, 3)  # flat, so that weight gradients are plain matmuls
     b, t, d = x.shape

@@ -44,7 +44,11 @@ class Params:
 
 
 def spec(cfg: Config) -> Params:
-    """The parameters of a MoIE layer, as `Param`s."""
+    """The parameters of a MoIE layer, as `Param`s.
+
+    Raises:
+        ValueError: more slots than neurons.
+    """
     return Params(spl.spec(cfg.first), spl.spec(cfg.second))
 
 
@@ -56,7 +60,11 @@ def apply(
     valid: Bool[Array, "B T"] | None = None,
     tap: dict[str, NeuronTap] | None = None,
 ) -> tuple[Float[Array, "B T D"], dict[str, routing.Routing]]:
-    """The layer on x; routings (and taps) by role, `first` and `second`."""
+    """The layer on x; routings (and taps) by role, `first` and `second`.
+
+    Raises:
+        ValueError: `x`, `valid` or `tap` does not fit, or the router selects by neither relu nor hard.
+    """
     tokens, taps = tokens_of(x, cfg.dim, 3), by_role(tap, ("first", "second"))
     flat = valid_of(valid, x)
     hidden, first = spl.apply(params.first, tokens, cfg.first, valid=flat, tap=taps["first"])

@@ -26,11 +26,13 @@ class RouterConfig:
     """How one router decides.
 
     `modules` M; `groups` G: the modules fall into G equal runs, and selection happens within each;
-    `slots`: modules per token and group, exactly (top_k) or at most (relu, hard, threshold; M/G when 0);
+    `slots`: modules per token and group, exactly (top_k) or at most (relu, hard, threshold); 0: all of the group's, M/G;
+    `match`, `cost`, `select`: see the functions of these names; `weight`: of the slots, under top_k alone;
+    `fallback`: modules that a token takes when none is above zero, under threshold alone;
     `isolate`: the main loss teaches modules only, never the router (seed 4).
 
     Raises:
-        ValueError: groups do not divide modules, a number is too small, or a choice is none.
+        ValueError: groups do not divide modules, a number is too small, or a choice is not one of those named.
     """
 
     modules: int

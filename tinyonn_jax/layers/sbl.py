@@ -8,7 +8,7 @@ drawn once a call, for all tokens (Blundell et al., 2015); the bias has no distr
 and adapts without delay, s_o² = mean_i(mu_oi² + σ_oi²), which is where the KL is smallest (MacKay, 1994: automatic relevance
 determination); every neuron runs, for sparseness is left to that prior: a neuron whose noise swamps its means costs nothing.
 
-Letters: N tokens, I inputs, O neurons. Source: seed 0; MECHANISMS section 10.
+Letters: N tokens, I inputs, O neurons. Source: seed 0.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """SPL, sparse proto linear: a linear layer whose every neuron is a module that each token switches on or off.
 
     soft (seed 0):  w_no = relu(cos(x_n, proto_o) − x_n·gate_oᵀ)        hard (seed 4):  w_no = 1[logit_no > 0]
-    y_no = act(x_n·mu_oᵀ + bias_o) · w_no
+    y_no = act(x_n·mu_oᵀ + bias_o) · w_no                               other matches and costs: see `RouterConfig`
 
 Neurons are many, so all of them are candidates and keep their places (`Routing.index` None), and nothing of size N × O × I is
 ever formed: a neuron's gradient from one token is δ_no·x_n, with δ = dL/d(x·muᵀ + bias); its norm is the product |δ_no|·‖x_n‖.
@@ -49,7 +49,11 @@ class Params:
 
 
 def spec(cfg: Config) -> Params:
-    """The parameters of an SPL, as `Param`s: mu and prototypes from N(0, 0.02²), bias and gates zero."""
+    """The parameters of an SPL, as `Param`s: mu and prototypes from N(0, 0.02²), bias and gates zero.
+
+    Raises:
+        ValueError: more slots than neurons.
+    """
     neurons = cfg.router.modules
     return Params(
         router=routing.spec(cfg.inputs, cfg.router),
@@ -68,6 +72,9 @@ def apply(
     """The layer on x. Tokens where `valid` is false give zero.
 
     The gradient of the tap is |δ| of every token and neuron, ‖x‖ of every token, and of every neuron Σ_n δ² and ‖dL/dmu_o‖².
+
+    Raises:
+        ValueError: `x` or `valid` does not fit, or the router selects by neither relu nor hard.
     """
     x = tokens_of(x, cfg.inputs, 2)
     chosen = routing.route_all(params.router, x, cfg.router, valid_of(valid, x))

@@ -1,6 +1,6 @@
 """Predictive integrity: one number in (0, 1] for how well the model is doing and how little it is disturbed.
 
-Source: seed 2 (core metrics), seed 3 §3.2; MECHANISMS §7.
+Source: seed 2 (core metrics), seed 3 §3.2.
 """
 
 import jax.numpy as jnp

@@ -3,12 +3,13 @@ surprised ones away; gates learn to predict surprise.
 
     good: s_m < quantile_a(s), sign −1;   bad: s_m > quantile_{1−a}(s), sign +1     over active modules, a = activation rate
     L_proto = Σ_m sign_m · cos(p_m, anchor_m)          anchor_m = mean of the inputs that activated m in this batch
-    L_gate  = mean (x_n·gate_m − S_m)²                 S = DRLN(mu surprise + proto surprise), the Total Surprise
-    proto update *= 1 − protection                     of the modules with the smallest gates (endogenous ranking)
-    L += λ (Σ‖p‖² + Σ‖mu‖²)                             λ = λ0 · mean norm of all p and mu
+    L_gate  = mean (x_n·gate_m − S_m)²                 S = DRLN(mu surprise + proto surprise), the Total Surprise; (gate_m − S_m)²
+                                                       where gates are no regression, but one number each
+    proto update_m *= 1 − protection_m                 the most for the smallest gates (endogenous ranking)
+    gradient of p and mu += 2 λ (p, mu)                that of λ (Σ‖p‖² + Σ‖mu‖²), λ = λ0 · mean norm of all p and mu
     dead prototypes start again near the centroid of the living
 
-Letters: N tokens, M modules, D model; a leading axis of recursions or layers. Source: seed 0; MECHANISMS §6.
+Letters: N tokens, M modules, D model; a leading axis of recursions or layers. Source: seed 0.
 """
 
 from dataclasses import replace

@@ -8,7 +8,7 @@
 Importance and cost are surprise: at granularity `module` the norms of the module's output and parameter gradients over the
 batch, at `token` the token's attribution and ghost norm, where it uses several modules. Letters: N tokens, M modules, G groups of
 P that compete.
-Source: seed 1 §3, seed 4; MECHANISMS §5. The seeds have neither `balance` nor `centre`, and there the easiest way down is to give
+Source: seed 1 §3, seed 4. The seeds have neither `balance` nor `centre`, and there the easiest way down is to give
 every token the same modules: tokens have a mean in common, and all prototypes end along it, or against it.
 """
 

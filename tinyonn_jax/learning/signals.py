@@ -2,7 +2,7 @@
 
 Reads the gradients of a step's taps into named signals, and summarises routing for a person to watch. For module m used by
 token n in slot k, with y_n = Σ_k w·f_m(x_n) and g_n = dL/dy_n. Letters: N tokens, K slots, M modules; a leading axis of
-recursions or layers where the model has one. Source: seed 1 §3, seed 3; MECHANISMS §4.
+recursions or layers where the model has one. Source: seed 1 §3, seed 3.
 """
 
 from typing import Any
@@ -53,14 +53,17 @@ def make_taps(routings: Any) -> taps.Taps:
 
 
 def summary(routing: Routing, signals: Signals, like: Float[Array, "*L M"]) -> dict[str, Array]:
-    """What a person watches of one routed layer; shares in [0, 1], over valid tokens and all recursions.
+    """What a person watches of one routed layer, over valid tokens and all recursions.
 
     `like` has the shape of the layer's modules: stacked blocks have modules of their own, whose figures are averaged and
     `dead_modules` counted, and told apart in `load [L,M]` and `active_share_by_block [L]`. `load [M]` share of the slots in use
-    that each module serves; `gating_acc` share of (token, group) decisions with several active modules, any of them surprised,
-    whose top logit is the least surprised (by parameter gradient): NaN when there is none, and not there where there cannot be
-    one, as with one slot for each group, or neurons, of which a token uses many at once and prefers none. `dropped`: share of the
-    slots in use that went without their module, where that can be.
+    that each module serves; `active_share` share of modules that a token uses; `usage_entropy` of load, over its maximum;
+    `max_load` largest load times M, 1 when even; `dead_modules` how many served no token of the batch; `unrouted` share of tokens
+    without a module above zero; `surprise_output`, `surprise_param` mean norm of a slot in use (see `Signals`); `gating_acc` share
+    of (token, group) decisions with several active modules, any of them surprised, whose top logit is the least surprised (by
+    parameter gradient): NaN when there is none, and not there where there cannot be one, as with one slot for each group, or
+    neurons, of which a token uses many at once and prefers none. `dropped`: share of the slots in use that went without their
+    module, where that can be.
     """
     used = pooled(served(routing), like)  # [*L,M]
     modules = used.shape[-1]

@@ -1,4 +1,4 @@
-"""The routing seen as a variational autoencoder (seed 0; MECHANISMS §10): diagnostics that nothing learns from.
+"""The routing seen as a variational autoencoder (seed 0): diagnostics that nothing learns from.
 
     reconstruction = main loss        posterior q = mean routing distribution of the batch        prior p = its moving average
     KL(q ‖ p) for each router         ELBO proxy = −(main loss + Σ KL)

@@ -1,7 +1,7 @@
 """Pictures of a run's metrics: the two dashboards, and the curves of several runs side by side.
 
 A panel without data says why it is empty. Letters: S logged steps, M modules of one routed layer, D model.
-Source: what seeds 2, 3 and 4 watched (MECHANISMS.md section 11).
+Source: what seeds 2, 3 and 4 watched.
 """
 
 import os
@@ -48,7 +48,11 @@ NOTHING = "nothing logged yet"
 
 
 def write_dashboards(folder: str | os.PathLike[str]) -> list[Path]:
-    """Draws both dashboards from a run folder's files into its `figures/`; returns their paths."""
+    """Draws both dashboards from a run folder's files into its `figures/`; returns their paths.
+
+    Raises:
+        ConfigError: `routing_latest.npz` is damaged.
+    """
     folder = Path(folder)
     rows, snapshot = read_metrics(folder), folder / "routing_latest.npz"
     routing: dict[str, np.ndarray] = {}

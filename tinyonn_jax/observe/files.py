@@ -12,7 +12,11 @@ from tinyonn_jax.stored import from_json
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Replaces a file in one move, making its folder: whoever reads it, and whenever, sees all of the old or all of the new."""
+    """Replaces a file in one move, making its folder: whoever reads it, and whenever, sees all of the old or all of the new.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,6 +1,6 @@
 """Reading metrics: columns out of the rows of metrics.jsonl, and numbers as a person writes them.
 
-A row is one logged step; any key of it may be missing or null. Layers are nested: row["layers"]["feedforward"]["load"].
+A row is one logged step; any key of it may be missing or null. Layers are nested: row["layers"]["block.feedforward"]["load"].
 Letters: S logged steps that hold the value, M modules of one routed layer.
 """
 

@@ -163,10 +163,16 @@ def _picture(path: Path, caption: str) -> str:
     return f'<div class="scroll plot">{image}</div><p class="note">{_esc(caption)}</p>'
 
 
-def _tasks(predictions: Entry | None) -> str:
+def _demonstrations(tasks: Entry | None) -> dict[str, list[tuple[Grid, Grid]]]:
+    """The pairs of each evaluated task, by its id."""
+    evaluated = tasks["evaluation"] if tasks else []
+    return {task["id"]: [(pair["input"], pair["output"]) for pair in task["train"]] for task in evaluated}
+
+
+def _tasks(predictions: Entry | None, shown: dict[str, list[tuple[Grid, Grid]]]) -> str:
     if predictions is None:
         return _missing("No predictions yet: <code>evaluate</code> writes <code>predictions.json</code>.")
-    shown, out = predictions.get("demonstrations", {}), ""
+    out = ""
     for title, verdict in (("Solved", True), ("Failed", False), ("Not scored", None)):
         group = {name: entries for name, entries in predictions["tasks"].items() if solved(entries) is verdict}
         if not group and verdict is None:
@@ -244,11 +250,14 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     require_run(folder)
     rows, config = read_metrics(folder), read_config(folder)
-    score, predictions, parameters = (read_json(folder / f"{name}.json") for name in ("score", "predictions", "parameters"))
+    names = "score", "predictions", "parameters", "tasks"
+    score, predictions, parameters, known = (read_json(folder / f"{name}.json") for name in names)
     with damaged(folder / "score.json"):
         scores = _scores(score)
+    with damaged(folder / "tasks.json"):
+        shown = _demonstrations(known)
     with damaged(folder / "predictions.json"):
-        tasks = _tasks(predictions)
+        tasks = _tasks(predictions, shown)
     with damaged(folder / "parameters.json"):
         sizes = _parameters(parameters)
     core, experts = write_dashboards(folder)

@@ -1,6 +1,6 @@
 """The train step: one backward pass gives the main gradients and every surprise signal; surprise teaches the routers.
 
-    (loss, aux), (grads, tapped) = value_and_grad(loss_fn, (params, taps))
+    (loss, aux), (grads, tapped) = value_and_grad(loss_fn, (0, 1), has_aux=True)(params, taps, batch)
     signals                      = read(tapped)
     grads of routers            += grad of rule.objective(routers, routings, signals)
     updates                      = optax.multi_transform(main, meta)
@@ -98,7 +98,11 @@ def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: MetaState,
 
 
 def _joined(metrics: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A loss function's metrics and the step's own."""
+    """A loss function's metrics and the step's own.
+
+    Raises:
+        ValueError: names of both.
+    """
     if taken := sorted(metrics.keys() & own):
         raise ValueError(f"metrics {taken} of the loss function have names of the train step's own: rename them")
     return metrics | own

@@ -32,7 +32,7 @@ LARGE_SHARED = ("8.0", "9.0", "10.0")
 
 
 def _tile(rows: int, columns: int, inner: int, dtype) -> _Tile:
-    """At most 128 × 256, 64 at a time; half as wide on GPUs with little shared memory, and half as deep for float32."""
+    """At most 128 × 256, 64 at a time; half as wide on GPUs with little shared memory, and half as wide and deep for float32."""
     half = dtype.itemsize == 2
     wide = half and getattr(jax.devices()[0], "compute_capability", None) in LARGE_SHARED
     return _Tile(
