@@ -274,8 +274,7 @@ def evaluation(sizes: Sizes) -> Iterator[Row]:
 
     run()  # compiles
     begin = time.perf_counter()
-    run()
-    sequences = views * sum(len(task.test) for task in tasks)
+    sequences = run().sequences
     rate, known = sequences / (time.perf_counter() - begin), peak()
     name = f"evaluation: {count} tasks in {views} views, prompts up to {bucket}, {cap} tokens each"
     yield Row(name, rate, unit="sequences/s", least=True)

@@ -170,10 +170,10 @@ def parse(command: str, args: Sequence[str]) -> Any:
     workdir = Path(named or "")
     stored = stored_config(workdir) if named and kind not in (Report, Compare) else None
     if kind in (Train, Continual):
-        began = stored_origin(workdir) if stored else None
-        preset = _value(args, "preset") or began or kind.__dataclass_fields__["preset"].default
+        began, named = stored_origin(workdir) if stored else None, _value(args, "preset")
+        preset = named or began or kind.__dataclass_fields__["preset"].default
         known = preset if preset in PRESETS else "demo"  # tyro says what is wrong with any other
-        defaults = {"preset": known, "config": stored if stored and preset == began else PRESETS[known][1]}
+        defaults = {"preset": known, "config": stored if stored and named in (None, began) else PRESETS[known][1]}
     elif kind in (Evaluate, Predict):
         defaults = {"eval": (stored or Config()).eval, "mesh": MeshConfig()}
         args = [f"--{arg.removeprefix('--eval.')}" if arg.startswith("--eval.") else arg for arg in args]  # train's names, too

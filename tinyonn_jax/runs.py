@@ -10,6 +10,7 @@ import io
 import json
 import platform
 import shlex
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tinyonn_jax import __version__
-from tinyonn_jax.arc import submission
 from tinyonn_jax.arc.batches import Batch, batch_at, build_dataset, validation_batches
 from tinyonn_jax.arc.continual import build_stages
 from tinyonn_jax.arc.tasks import TaskSets, load_task_sets
@@ -31,8 +31,9 @@ from tinyonn_jax.config import Config, ConfigError
 from tinyonn_jax.layers import grouped
 from tinyonn_jax.models.flops import useful_flops
 from tinyonn_jax.observe.console import Progress
-from tinyonn_jax.observe.files import stored_origin, write_atomically
-from tinyonn_jax.observe.writers import MetricsWriter
+from tinyonn_jax.observe.files import ANSWERS, CONFIG, ORIGIN, PARAMETERS, ROUTING, TASKS, stored_origin, write_atomically
+from tinyonn_jax.observe.metrics import training_seconds
+from tinyonn_jax.observe.writers import MetricsWriter, read_metrics
 from tinyonn_jax.stored import differences, from_json, to_json
 from tinyonn_jax.training import assemble, loop, sharding
 from tinyonn_jax.training.checkpoint import Checkpoints, meet
@@ -40,8 +41,7 @@ from tinyonn_jax.training.objective import make_rule
 from tinyonn_jax.training.state import TrainState
 from tinyonn_jax.training.step import Step
 
-CONFIG, TASKS, ORIGIN, PARAMETERS = "config.json", "tasks.json", "run.json", "parameters.json"
-ROUTING, CHECKPOINTS, LOCK = "routing_latest.npz", "checkpoints", ".lock"
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
 Say = Callable[[str], None]
 
 
@@ -191,7 +191,7 @@ def _train(run: Run, started: float | None, profile: int) -> None:
         state = checkpoints.restore(program.like)
         if state is None:
             state = program.initial()
-            for name in submission.FILES if process == 0 else ():  # of a run that was here before
+            for name in ANSWERS if process == 0 else ():  # of a run that was here before
                 (folder / name).unlink(missing_ok=True)
         done = int(state.step)
         if done >= steps:
@@ -216,6 +216,7 @@ def _train(run: Run, started: float | None, profile: int) -> None:
             _writer(folder, done, process) as writer,
             Progress(steps, done, process) as display,
         ):
+            earlier = training_seconds(read_metrics(folder)) if process == 0 else 0.0
             if config.data.sequence and not done and validate is not None:
                 writer.write(0, validate(state))  # what forward transfer is measured against
             loop.run(
@@ -232,7 +233,7 @@ def _train(run: Run, started: float | None, profile: int) -> None:
                 flops=lambda batch: useful_flops(config.model, batch.length, batch.prefix) * feeding[1],
                 validate=validate,
                 on_checkpoint=snapshot,
-                started=started,
+                started=(time.time() if started is None else started) - earlier,
             )
     say(f"{steps} of {steps} steps done; {_next(folder)}")
 

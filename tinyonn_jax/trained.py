@@ -79,7 +79,8 @@ class Trained:
         """The share of test outputs that greedy decoding has right after each recursion; None if no output is known."""
         config = self.run.config
         kernel = grouped.using(config.mesh.grouped)
-        steps = jax.jit(kernel(lambda params, batch: transformer.apply(params, batch, config.model, steps=True).steps))
+        stop = config.eval.entropy_stop
+        steps = jax.jit(kernel(lambda params, batch: transformer.apply(params, batch, config.model, steps=True, stop=stop).steps))
         forward = partial(steps, self.params)
         shares = exact_per_recursion(forward, tasks, self.run.sets.task_ids, config.data, config.eval)
         return None if np.isnan(shares[0]) else shares

@@ -176,6 +176,10 @@ def test_too_long_is_reported_not_cut():
     assert dataset.messages[0].startswith(f"{too_long} of {len(lengths)} training sequences are longer than the largest bucket")
     with pytest.raises(DataError, match=r"nothing to train on: .*larger --data.buckets"):
         build_dataset(sets, replace(CFG, buckets=(4,)))
+    longest = Pair(np.ones((4, 4), np.int8), np.ones((4, 4), np.int8))
+    held = replace(sets, validation=(Example(0, sets.tasks[0].id, longest),))
+    with pytest.raises(DataError, match=r"data.holdout: nothing to validate on: 1 of 1 validation sequences"):
+        build_dataset(held, replace(CFG, buckets=(12, 24)))
 
 
 def test_context_format():

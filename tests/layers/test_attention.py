@@ -208,6 +208,15 @@ def test_a_cache_needs_to_know_where_tokens_start(params):
         mha.apply(params, X, LAYER, cache=cache)
 
 
+def test_one_context_serves_every_sequence(params):
+    one = attention.context(POSITIONS[:1], C, prefix=PREFIX[:1])
+    all = attention.context(jnp.repeat(POSITIONS[:1], B, 0), C, prefix=jnp.repeat(PREFIX[:1], B))
+    np.testing.assert_array_equal(mha.apply(params, X, LAYER, where=one)[0], mha.apply(params, X, LAYER, where=all)[0])
+    q = jnp.asarray(RNG.normal(size=(B, T, G, C)), jnp.float32)
+    alike = (attention.prefix_causal(q, q, q, prefix, "xla") for prefix in (one.prefix, all.prefix))
+    np.testing.assert_array_equal(*alike)
+
+
 def test_without_a_cache_tokens_start_at_their_own_keys(params):
     """Wherever a context for a cache says that they start: a token must not come to see later ones."""
     where = attention.context(POSITIONS, C, start=jnp.array([2, 1]))

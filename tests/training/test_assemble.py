@@ -124,6 +124,15 @@ def test_widths_are_chosen_for_equal_numbers_of_parameters(kind):
     assert blocks == pytest.approx(100_000, rel=0.01)
 
 
+@pytest.mark.parametrize("kind", ["dfc", "dfc_hard"])
+def test_widths_where_prototypes_of_one_block_refine_those_of_the_next(kind):
+    """There the count grows with the square of the width."""
+    stacked = dataclasses.replace(PRESETS["continual"][1].model, kind=kind, recursed=False)
+    model = assemble.narrowed(stacked, 400_000)
+    groups = assemble.count_parameters(transformer.spec(model, 1))["groups"]
+    assert sum(number for name, number in groups.items() if name.startswith("block")) == pytest.approx(400_000, rel=0.01)
+
+
 def test_too_few_parameters_are_refused():
     with pytest.raises(ConfigError, match="a block of kind dfc has"):
         assemble.narrowed(dataclasses.replace(PRESETS["continual"][1].model, kind="dfc"), 1000)
@@ -151,3 +160,16 @@ def test_decoding_over_devices_is_decoding_on_one(data):
 
     cfg = EvalConfig(augmentations=2, batch=10, decode="search", min_probability=0.3)  # three prompts at once would not divide
     assert evaluate(decoder, params, sets.evaluation, sets.task_ids, config.data, cfg, cap=2).sequences > 20
+
+
+def test_reported_rates_are_those_of_the_updates(data):
+    """A skipped step is no update: the optimizers' schedules stand still, and so does what is reported."""
+    sets, dataset = data
+    config, first = smoke("dyntrm"), batch_at(dataset, 0, 0)
+    program = assemble.assemble(config, sharding.make_mesh(MeshConfig(data=1)), len(sets.tasks), first)
+    rates = []
+    for step, skipped in ((1, 0), (3, 2), (3, 0)):
+        state = dataclasses.replace(program.initial(), step=jnp.int32(step), skipped_total=jnp.int32(skipped))
+        metrics = program.step(state, program.put(first))[1]
+        rates.append((float(metrics["lr_main"]), float(metrics["lr_meta"])))
+    assert rates[0] == rates[1] < rates[2]

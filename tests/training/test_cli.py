@@ -203,6 +203,8 @@ def test_killed_and_stopped_it_ends_bit_for_bit_the_same(first, tmp_path):
     _, err = start(folder).communicate(timeout=200)
     assert saved(folder)[-1] == 60, err
     same(first[0], folder)
+    seconds = [row["seconds"] for row in rows(folder)]
+    assert seconds == sorted(seconds)  # of all its starts
 
 
 def test_a_truncated_newest_checkpoint_costs_only_time(first, copy):
@@ -416,7 +418,9 @@ def test_defaults_come_from_the_preset_then_the_folder(copy):
     assert parsed.model.experts == 16 and parsed.train == PRESETS["laptop"][1].train
     assert cli.parse("evaluate", ["--workdir", str(copy)]).eval.augmentations == 4  # smoke's
     assert cli.parse("evaluate", ["--workdir", str(copy), "--augmentations", "16"]).eval.augmentations == 16
-    assert cli.parse("train", ["--workdir", str(copy)]).config == from_json((copy / "config.json").read_text())
+    for origin in (True, False):  # without run.json the preset is not known, and not needed
+        assert cli.parse("train", ["--workdir", str(copy)]).config == from_json((copy / "config.json").read_text())
+        (copy / "run.json").unlink(missing_ok=not origin)
     with pytest.raises(ConfigError):
         cli.parse("train", ["--workdir", "new", "--train.steps", "0"])
 

@@ -92,7 +92,7 @@ def build_dataset(sets: TaskSets, cfg: DataConfig, rows: Collection[int] | None 
     with a view longer than the largest bucket is left out, and counted in `messages`.
 
     Raises:
-        DataError: no training sequence fits.
+        DataError: no training sequence fits, or none of those that were held out.
     """
     messages: list[str] = []
     free = [free_colours(task.train, cfg.permute_zero) for task in sets.tasks]
@@ -121,6 +121,8 @@ def build_dataset(sets: TaskSets, cfg: DataConfig, rows: Collection[int] | None 
     validation = layouts(((row, pair) for row, _, pair in sets.validation), 1, "validation")
     if not training.blocks:
         raise DataError(f"data.train: nothing to train on{': ' + messages[0] if messages else ''}")
+    if sets.validation and not validation.blocks:
+        raise DataError(f"data.holdout: nothing to validate on: {messages[-1]}")
     return Dataset(training, validation, cfg.augment, cfg.tokens_per_batch, tuple(messages))
 
 

@@ -17,9 +17,8 @@ import numpy as np
 from tinyonn_jax.arc.tasks import DataError, Task
 from tinyonn_jax.arc.tokens import COLOURS, MAX_SIDE, Grid
 from tinyonn_jax.arc.vote import Candidate
-from tinyonn_jax.observe.files import write_atomically
+from tinyonn_jax.observe.files import PREDICTIONS, SCORE, SUBMISSION, write_atomically
 
-FILES = PREDICTIONS, SUBMISSION, SCORE = "predictions.json", "submission.json", "score.json"
 ATTEMPTS = ("attempt_1", "attempt_2")
 KEPT = 5
 """Candidates that predictions.json keeps."""

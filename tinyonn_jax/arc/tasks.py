@@ -175,6 +175,8 @@ def load_task_sets(cfg: DataConfig) -> TaskSets:
         raise DataError(f"data.train: {' and '.join(overlap)}; leave those out with --data.drop-overlap")
     messages += [f"{line}: left out" for line in overlap]
     held = tuple(Example(row, task.id, task.train[-1]) for row, task in enumerate(built) if cfg.holdout and len(task.train) >= 3)
+    if cfg.holdout and not held:
+        raise DataError("data.holdout: no task has three demonstrations, of which one could be held out: --data.no-holdout")
     if held:
         rows = {example.row for example in held}
         built = tuple(replace(task, train=task.train[:-1]) if row in rows else task for row, task in enumerate(built))

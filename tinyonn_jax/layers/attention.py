@@ -163,8 +163,9 @@ def prefix_causal(
 ) -> Float[Array, "B T Q C"]:
     """Attention of tokens among themselves with nothing of size T × T, for kernels that know causal masks and lengths: the prefix
     sees all of itself, and what comes later sees what is not after it."""
-    length = jnp.clip(prefix, 1, q.shape[1])  # a first token by itself sees the same either way
-    inside = (jnp.arange(q.shape[1]) < length[:, None])[..., None, None]
+    batch, t = q.shape[:2]
+    length = jnp.broadcast_to(jnp.clip(prefix, 1, t), batch)  # a first token by itself sees the same either way
+    inside = (jnp.arange(t) < length[:, None])[..., None, None]
     attention = partial(jax.nn.dot_product_attention, implementation=implementation)
     q_in, k_in, v_in = (_learning_inside(a, inside) for a in (q, k, v))
     within = attention(q_in, k_in, v_in, query_seq_lengths=length, key_value_seq_lengths=length)

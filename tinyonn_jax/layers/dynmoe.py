@@ -25,6 +25,10 @@ class Config:
     gated: bool = False
     shared: int = 0
 
+    def __post_init__(self):
+        if min(self.dim, self.hidden) < 1 or self.shared < 0:
+            raise ValueError(f"dim and hidden must be at least 1, shared at least 0; got {self}")
+
 
 @flax.struct.dataclass
 class Params:

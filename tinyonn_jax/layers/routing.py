@@ -46,8 +46,8 @@ class RouterConfig:
     isolate: bool = True
 
     def __post_init__(self):
-        if self.modules < 1 or self.groups < 1 or self.slots < 0:
-            raise ValueError(f"modules and groups must be at least 1, slots at least 0; got {self}")
+        if self.modules < 1 or self.groups < 1 or self.slots < 0 or self.fallback < 0:
+            raise ValueError(f"modules and groups must be at least 1, slots and fallback at least 0; got {self}")
         if self.modules % self.groups:
             raise ValueError(f"groups must divide modules; got {self.modules} modules in {self.groups} groups")
         for wrong in wrong_choices(self):
@@ -291,19 +291,20 @@ def data_init(router: Router, routing: Routing, key: Array) -> Router:
     return replace(router, proto=one(key, router.proto, x, valid))
 
 
-def _bar(logits: Float[Array, "N M"], cfg: RouterConfig) -> Float[Array, "N M"] | float:
-    """What a module's logit must exceed: zero, and with a limit of k on the slots of a group its (k+1)-th largest."""
+def _among_best(logits: Float[Array, "N M"], cfg: RouterConfig) -> Bool[Array, "N M"] | bool:
+    """Whether a module's logit is one of the k largest of its group, the first of equals first."""
     if cfg.slots_per_group == cfg.per_group:
-        return 0.0
+        return True
     by_group = jax.lax.stop_gradient(logits).reshape(-1, cfg.groups, cfg.per_group)
-    next_best = each_token(lambda v: jax.lax.top_k(v, cfg.slots_per_group + 1)[0][..., -1:], by_group)
-    return jnp.broadcast_to(jnp.maximum(next_best, 0), by_group.shape).reshape(logits.shape)
+    last = each_token(lambda v: [best[..., -1:] for best in jax.lax.top_k(v, cfg.slots_per_group)], by_group)
+    before = (by_group > last[0]) | ((by_group == last[0]) & (jnp.arange(cfg.per_group) <= last[1]))
+    return before.reshape(logits.shape)
 
 
 def route_all(router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: Bool[Array, " N"] | None = None) -> Routing:
     """`route` where every module is a candidate and keeps its place: no sort, `index` None. For selections relu and hard.
 
-    With `cfg.slots`, at most so many of a group are active: those above its next best logit, as well as above zero.
+    With `cfg.slots`, at most so many of a group are active: the best of those above zero.
 
     Raises:
         ValueError: another selection.
@@ -312,7 +313,7 @@ def route_all(router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: 
         raise ValueError(f"neurons are selected by relu or hard, not by {cfg.select}")
     valid = jnp.ones(x.shape[0], bool) if valid is None else valid.astype(bool)
     logits = _decide_by(router, x, cfg)
-    active = checkpoint_name(logits > _bar(logits, cfg), "routing") & valid[:, None]
+    active = checkpoint_name((logits > 0) & _among_best(logits, cfg), "routing") & valid[:, None]
     weight = jnp.where(active, logits if cfg.select == "relu" else 1.0, 0.0)
     data = jax.lax.stop_gradient(weight)
     total = jnp.sum(data, 0)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from tinyonn_jax.observe import console as terminal
 from tinyonn_jax.observe.axes import SERIES, curve, empty, legend_below, log_axis, new_figure, save, step_axis, style
-from tinyonn_jax.observe.files import damaged, read_config, read_json, require_run
+from tinyonn_jax.observe.files import PARAMETERS, SCORE, damaged, read_config, read_json, require_run
 from tinyonn_jax.observe.metrics import Row, count, duration, latest, percent, training_seconds
 from tinyonn_jax.observe.writers import read_metrics
 
@@ -44,12 +44,12 @@ def comparison(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[str], li
     table = []
     for folder in map(Path, folders):
         rows, config = read_metrics(folder), read_config(folder)
-        score, parameters = (read_json(folder / f"{name}.json") for name in ("score", "parameters"))
+        score, parameters = (read_json(folder / name) for name in (SCORE, PARAMETERS))
         values = latest(rows)
-        with damaged(folder / "score.json"):
+        with damaged(folder / SCORE):
             share = {name: percent(score[name]["outputs"]) if score else "–" for name in ("pass@1", "pass@2")}
             interval = (score or {}).get("intervals", {}).get("pass@2", {}).get("outputs")
-        with damaged(folder / "parameters.json"):
+        with damaged(folder / PARAMETERS):
             size = count(parameters["total"]) if parameters else "–"
         table.append([
             str(folder),

@@ -38,6 +38,7 @@ from tinyonn_jax.observe.axes import (
     style,
     twin,
 )
+from tinyonn_jax.observe.files import ROUTING
 from tinyonn_jax.observe.metrics import Row, column, layer_names, loads, percent
 from tinyonn_jax.observe.writers import read_metrics
 
@@ -54,7 +55,7 @@ def write_dashboards(folder: str | os.PathLike[str]) -> list[Path]:
         ConfigError: `routing_latest.npz` is damaged.
     """
     folder = Path(folder)
-    rows, snapshot = read_metrics(folder), folder / "routing_latest.npz"
+    rows, snapshot = read_metrics(folder), folder / ROUTING
     routing: dict[str, np.ndarray] = {}
     if snapshot.exists():
         try:

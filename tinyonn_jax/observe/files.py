@@ -10,6 +10,10 @@ from typing import Any, Literal
 from tinyonn_jax.config import Config, ConfigError
 from tinyonn_jax.stored import from_json
 
+CONFIG, ORIGIN, TASKS, PARAMETERS = "config.json", "run.json", "tasks.json", "parameters.json"
+METRICS, ROUTING = "metrics.jsonl", "routing_latest.npz"
+ANSWERS = PREDICTIONS, SUBMISSION, SCORE = "predictions.json", "submission.json", "score.json"
+
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
     """Replaces a file in one move, making its folder: whoever reads it, and whenever, sees all of the old or all of the new.
@@ -48,7 +52,7 @@ def read_json(path: Path) -> Any:
 def read_config(folder: Path) -> Config | None:
     """The run's configuration; None when there is none, or when this version cannot read it."""
     try:
-        return from_json((folder / "config.json").read_text(encoding="utf-8"))
+        return from_json((folder / CONFIG).read_text(encoding="utf-8"))
     except (FileNotFoundError, UnicodeDecodeError, ConfigError):
         return None
 
@@ -56,7 +60,7 @@ def read_config(folder: Path) -> Config | None:
 def stored_origin(folder: Path, what: Literal["preset", "command"] = "preset") -> str | None:
     """What a run began with, where that is known."""
     try:
-        noted = json.loads((folder / "run.json").read_text(encoding="utf-8")).get(what)
+        noted = json.loads((folder / ORIGIN).read_text(encoding="utf-8")).get(what)
     except (OSError, ValueError, AttributeError):
         return None
     return noted if isinstance(noted, str) else None
@@ -70,8 +74,8 @@ def require_run(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such run folder; train writes it")
-    if not any((folder / name).exists() for name in ("config.json", "metrics.jsonl")):
-        raise ConfigError(f"{folder}: no run folder, it has neither config.json nor metrics.jsonl; train writes them")
+    if not any((folder / name).exists() for name in (CONFIG, METRICS)):
+        raise ConfigError(f"{folder}: no run folder, it has neither {CONFIG} nor {METRICS}; train writes them")
 
 
 @contextlib.contextmanager

@@ -17,12 +17,24 @@ import numpy as np
 from tinyonn_jax.config import Config
 from tinyonn_jax.observe.answers import ARC_COLOURS, MARK, Entry, Grid, answers, judge, solved
 from tinyonn_jax.observe.figures import write_dashboards
-from tinyonn_jax.observe.files import damaged, read_config, read_json, require_run, stored_origin, write_atomically
+from tinyonn_jax.observe.files import (
+    CONFIG,
+    PARAMETERS,
+    PREDICTIONS,
+    SCORE,
+    TASKS,
+    damaged,
+    read_config,
+    read_json,
+    require_run,
+    stored_origin,
+    write_atomically,
+)
 from tinyonn_jax.observe.metrics import Row, column, count, duration, latest, percent, training_seconds
 from tinyonn_jax.observe.writers import read_metrics
 from tinyonn_jax.presets import PRESETS
 
-MOST_TASKS = 200  # pictures of solved, and as many of failed tasks: the page of 400 large tasks stays under a few megabytes
+MOST_TASKS = 200  # pictures of solved, and as many of failed tasks: the page of 400 large tasks stays below ten megabytes
 AGGREGATIONS = (
     ("outputs", "test outputs", "share of test outputs that are right"),
     ("task_mean", "mean per task", "share of a task's outputs, averaged over tasks"),
@@ -76,10 +88,8 @@ def grid_svg(grid: Grid, side: int = 150) -> str:
     h, w = cells.shape
     paths = []
     for colour in np.unique(cells):
-        runs = []
-        for y in range(h):
-            edges = np.flatnonzero(np.diff(np.r_[0, cells[y] == colour, 0]))
-            runs += [f"M{a} {y}h{b - a}v1h-{b - a}z" for a, b in edges.reshape(-1, 2)]
+        y, x = np.nonzero(np.diff(np.pad(cells == colour, ((0, 0), (1, 1))), axis=1))  # a run begins, ends, the next begins, …
+        runs = [f"M{a} {row}h{b - a}v1h-{b - a}z" for row, a, b in zip(y[::2], x[::2], x[1::2], strict=True)]
         paths.append(f'<path class="c{int(colour)}" d="{"".join(runs)}"/>')
     lines = "".join(f"M{x} 0v{h}" for x in range(1, w)) + "".join(f"M0 {y}h{w}" for y in range(1, h))
     size = max(side / 40, min(side / 8, side / max(h, w)))
@@ -188,7 +198,7 @@ def _tasks(predictions: Entry | None, shown: dict[str, list[tuple[Grid, Grid]]])
 
 
 def _configuration(folder: Path, config: Config | None) -> str:
-    path = folder / "config.json"
+    path = folder / CONFIG
     if config is None:
         if not path.exists():
             return _missing("No configuration: <code>config.json</code> is missing.")
@@ -250,15 +260,14 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     require_run(folder)
     rows, config = read_metrics(folder), read_config(folder)
-    names = "score", "predictions", "parameters", "tasks"
-    score, predictions, parameters, known = (read_json(folder / f"{name}.json") for name in names)
-    with damaged(folder / "score.json"):
+    score, predictions, parameters, known = (read_json(folder / name) for name in (SCORE, PREDICTIONS, PARAMETERS, TASKS))
+    with damaged(folder / SCORE):
         scores = _scores(score)
-    with damaged(folder / "tasks.json"):
+    with damaged(folder / TASKS):
         shown = _demonstrations(known)
-    with damaged(folder / "predictions.json"):
+    with damaged(folder / PREDICTIONS):
         tasks = _tasks(predictions, shown)
-    with damaged(folder / "parameters.json"):
+    with damaged(folder / PARAMETERS):
         sizes = _parameters(parameters)
     core, experts = write_dashboards(folder)
     name = folder.resolve().name

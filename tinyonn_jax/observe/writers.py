@@ -15,9 +15,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from tinyonn_jax.config import ConfigError
-from tinyonn_jax.observe.files import write_atomically
-
-METRICS = "metrics.jsonl"
+from tinyonn_jax.observe.files import METRICS, write_atomically
 
 
 def plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 Letters: D model, M modules, L layers.
 """
 
+import bisect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from tinyonn_jax.learning.rule import LearningRule, layers, replace_part, router
 from tinyonn_jax.models import transformer
 from tinyonn_jax.training import sharding
 from tinyonn_jax.training.objective import make_loss, make_rule, token_losses
-from tinyonn_jax.training.optim import make_optimizer, schedule
+from tinyonn_jax.training.optim import make_optimizer, names, schedule
 from tinyonn_jax.training.state import TrainState
 from tinyonn_jax.training.step import LossFn, Step, make_train_step
 
@@ -105,7 +106,8 @@ def _make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         new, metrics = inner(state, batch)
-        return new, {**metrics, "lr_main": rate_main(state.step), "lr_meta": rate_meta(state.step)}
+        updates = state.step - state.skipped_total  # a skipped step leaves the optimizers' own counts as they are
+        return new, {**metrics, "lr_main": rate_main(updates), "lr_meta": rate_meta(updates)}
 
     lies = jax.tree.map(lambda leaf: leaf.sharding, like), NamedSharding(mesh, PartitionSpec())
     options = COMPILER.get(mesh.devices.flat[0].platform)
@@ -145,10 +147,10 @@ def narrowed(cfg: ModelConfig, parameters: int) -> ModelConfig:
         groups = count_parameters(transformer.spec(replace(cfg, **{name: width}), 1))["groups"]
         return sum(number for group, number in groups.items() if group.startswith("block"))
 
-    slope = size(2) - size(1)  # the count is linear in the width
-    width = 1 + round((parameters - size(1)) / slope)
-    if width < 1:
+    if size(1) > parameters:
         raise ConfigError(f"parameters {parameters:,} are too few: a block of kind {cfg.kind} has {size(1):,} at model.{name} 1")
+    above = bisect.bisect(range(parameters + 1), parameters, lo=1, key=size)  # the least width that has more
+    width = min((above - 1, above), key=lambda width: abs(size(width) - parameters))
     return replace(cfg, **{name: width})
 
 
@@ -193,8 +195,8 @@ def count_parameters(spec: Any) -> dict[str, Any]:
     """Numbers of parameters: `total`, of which `embeddings` and `routers`, and `groups`, by the part of the network."""
     groups: dict[str, int] = {}
     for path, param in jax.tree_util.tree_leaves_with_path(spec, is_leaf=base.is_param):
-        names = [str(getattr(key, "name", key)) for key in path]
-        group = ".".join(names[: 2 if names[0] == "block" else 1])
+        words = names(path)
+        group = ".".join(words[: 2 if words[0] == "block" else 1])
         groups[group] = groups.get(group, 0) + int(np.prod(param.shape))
     in_routers = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(routers(spec), is_leaf=base.is_param))
     embeddings = sum(groups.get(name, 0) for name in ("embed", "task", "dihedral"))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -56,10 +57,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2, config: Mapping[str, Any] | None = None, say: Say = print):
         self.folder, self._config, self._saving = Path(folder).absolute(), dict(config or {}), 0
-        for step in _undamaged(self.folder, say)[1]:
-            _primary(_set_aside, self.folder / str(step))
-        for unfinished in self.folder.glob(f"*{_UNFINISHED}*"):
-            _primary(_remove, unfinished)
+        _tidy(self.folder, say)
         policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -239,8 +237,10 @@ def _damage(path: Path) -> str:
 
 
 def _undamaged(folder: Path, say: Say) -> tuple[list[int], dict[int, str]]:
-    """The steps whose files are as written, and what is wrong with the others; says the latter."""
-    reasons = {step: _damage(folder / str(step)) for step in steps(folder)}
+    """The steps whose files are as written, and what is wrong with the others; says the latter. One that was removed meanwhile,
+    by who trains there, is neither."""
+    found = {step: _damage(folder / str(step)) for step in steps(folder)}
+    reasons = {step: reason for step, reason in found.items() if not reason or (folder / str(step)).exists()}
     good, bad = [s for s, reason in reasons.items() if not reason], {s: reason for s, reason in reasons.items() if reason}
     if bad and not good:
         step, reason = max(bad.items())
@@ -261,12 +261,23 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _primary(change: Callable[[Path], None], path: Path) -> None:
-    """One process changes the disk; the others go on when it has."""
+def _tidy(folder: Path, say: Say) -> None:
+    """One process sets damaged checkpoints aside and removes unfinished ones; the others wait, and learn whether any is left."""
+    none_left = None
     if jax.process_index() == 0:
-        change(path)
+        try:
+            for step in _undamaged(folder, say)[1]:
+                _set_aside(folder / str(step))
+            for unfinished in folder.glob(f"*{_UNFINISHED}*"):
+                _remove(unfinished)
+        except CheckpointError as error:
+            none_left = error
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"{change.__name__} {path.name}")
+        meet("checkpoints")  # reading large ones takes longer than a collective waits
+        if multihost_utils.broadcast_one_to_all(np.bool_(none_left is not None)):
+            none_left = none_left or CheckpointError(f"{folder}: no checkpoint can be read, as the first process says")
+    if none_left is not None:
+        raise none_left
 
 
 def _rank(metrics: Mapping[str, float | None]) -> float:

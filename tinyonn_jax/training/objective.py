@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tinyonn_jax.arc.forced import exact
 from tinyonn_jax.config import OPTIONS_OF, Config, ConfigError
 from tinyonn_jax.learning import LearningRule, backprop, integrity, msaps, none, sars
 from tinyonn_jax.models import transformer
@@ -62,10 +63,9 @@ def measure(logits: Float[Array, "B T V"], batch: Any) -> dict[str, Array]:
     """`main_acc` share of trained tokens that are right; `exact` share of sequences with all right; `tau`; `tokens` real ones."""
     _, right = token_losses(logits, batch.tokens)
     real = jnp.max(batch.loss_mask, -1) > 0
-    exact = jnp.all(right | (batch.loss_mask == 0), -1) & real
     return {
         "main_acc": jnp.sum(right * batch.loss_mask) / jnp.maximum(jnp.sum(batch.loss_mask), 1),
-        "exact": jnp.sum(exact) / jnp.maximum(jnp.sum(real), 1),
+        "exact": jnp.sum(exact(logits, batch) & real) / jnp.maximum(jnp.sum(real), 1),
         "tau": integrity.tau(logits, batch.loss_mask),
         "tokens": jnp.sum(batch.length),
     }
