@@ -64,7 +64,7 @@ NETWORKS = (
 
 @dataclass(frozen=True)
 class Continual:
-    """Learn tasks in stages with several networks, and compare how much is left of the earlier ones; again in full: goes on."""
+    """Learn tasks in stages with several networks; compare how much is left of the earlier ones. The same command goes on."""
 
     workdir: Annotated[Path, tyro.conf.arg(help="Folder for a run folder of each network and seed, for instance runs/continual.")]
     config: Annotated[Config, Flat]

@@ -1,8 +1,8 @@
 """What a teacher-forced pass says of answers: whether every token of them is the likeliest, and how probable they are.
 
 A greedy answer is right exactly when every teacher-forced arg-max is, which validation uses: one forward pass, no decoding.
-Letters: B sequences, T positions, V vocabulary, R recursions, P processes. Source: the ranking is the product of experts
-of Franzen et al. (2025, arXiv 2505.07859).
+Letters: B sequences, T positions, V vocabulary, R recursions, P processes. The ranking is the product of experts of
+Franzen et al. (2025, arXiv 2505.07859).
 """
 
 from collections import defaultdict
