@@ -236,7 +236,7 @@ class OptimConfig:
     warmup: float = 0.02
     """Share of the steps with rising learning rate."""
     decay_from: float = 0.5
-    """Share of the steps after which the learning rate falls linearly to zero."""
+    """Share of the steps after which the learning rate falls linearly to zero; skipped steps do not count."""
     ema: float = 0.995
     """Decay of the moving average of the parameters, which is what gets evaluated."""
     max_skipped: int = 20

@@ -20,7 +20,7 @@ from tinyonn_jax.arc.evaluate import evaluate as answer
 from tinyonn_jax.arc.forced import exact_per_recursion, ranked
 from tinyonn_jax.arc.tasks import Task, load_source, parse_task, read_json
 from tinyonn_jax.config import ConfigError
-from tinyonn_jax.layers import base, grouped
+from tinyonn_jax.layers import base
 from tinyonn_jax.models import transformer
 from tinyonn_jax.observe.console import Progress
 from tinyonn_jax.observe.metrics import duration
@@ -78,10 +78,7 @@ class Trained:
     def per_recursion(self, tasks: tuple[Task, ...]) -> list[float] | None:
         """The share of test outputs that greedy decoding has right after each recursion; None if no output is known."""
         config = self.run.config
-        kernel = grouped.using(config.mesh.grouped)
-        stop = config.eval.entropy_stop
-        steps = jax.jit(kernel(lambda params, batch: transformer.apply(params, batch, config.model, steps=True, stop=stop).steps))
-        forward = partial(steps, self.params)
+        forward = partial(assemble.make_steps(config, self.mesh), self.params)
         shares = exact_per_recursion(forward, tasks, self.run.sets.task_ids, config.data, config.eval)
         return None if np.isnan(shares[0]) else shares
 

@@ -200,6 +200,8 @@ def test_a_context_of_other_tokens_is_refused(params):
     for wrong in ((B, 1, C), (B + 1, T, C), (B, T, 2 * C)):
         with pytest.raises(ValueError, match="made for other tokens"):
             mha.apply(params, X, LAYER, where=attention.in_order(*wrong))
+    with pytest.raises(ValueError, match="made for other tokens"):
+        mha.apply(params, X, LAYER, where=attention.context(POSITIONS, C, prefix=jnp.zeros(B + 1, int)))
 
 
 def test_a_cache_needs_to_know_where_tokens_start(params):

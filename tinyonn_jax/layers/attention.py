@@ -91,10 +91,11 @@ def place(where: Context | None, cache: "Cache | None", batch: int, length: int,
         raise ValueError("with a cache, `where` must say at which slots the tokens start: attention.context(positions, …, start)")
     if where is None:
         return in_order(batch, length, head_dim)
-    shape = where.turn[0].shape
-    if shape[0] not in (1, batch) or shape[1:] != (length, 1, head_dim // 2):
+    turn, start, prefix = (list(a.shape) for a in (where.turn[0], where.start, where.prefix))
+    if turn[1:] != [length, 1, head_dim // 2] or not {turn[0], *start, *prefix} <= {1, batch}:
         raise ValueError(
-            f"`where` is made for other tokens: {list(shape)} is not [B,T,1,C/2] of {[batch, length, 1, head_dim // 2]}"
+            f"`where` is made for other tokens: turn {turn}, start {start} and prefix {prefix} are not [B,T,1,C/2], [B] and [B] "
+            f"of {[batch, length, 1, head_dim // 2]}"
         )
     return where
 

@@ -185,6 +185,17 @@ def make_scorer(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Float[Arra
     return score
 
 
+def make_steps(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Float[Array, "R B T V"]]:
+    """The model as something that, with parameters and a batch, gives the logits after each recursion."""
+
+    @jax.jit
+    @placed(config, mesh)
+    def steps(params: Any, batch: Any) -> Any:
+        return transformer.apply(params, batch, config.model, steps=True, stop=config.eval.entropy_stop).steps
+
+    return steps
+
+
 def _by_rows(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
     """Arrays with their rows, along `axis`, split over the devices."""
     split = NamedSharding(mesh, PartitionSpec(*(None,) * axis, *sharding.rows(mesh)))

@@ -167,6 +167,8 @@ def restore_params(
     if isinstance(step, int) and step not in there:
         raise CheckpointError(f"{folder}: no checkpoint of step {step}; saved steps: {', '.join(map(str, there))}")
     good, _ = _undamaged(folder, (lambda _: None) if isinstance(step, int) else say)
+    if not good:
+        raise CheckpointError(f"{folder}: its checkpoints were removed just now; try again")
     if step == "best":
         ranks = {s: _rank(json.loads((folder / str(s) / "metrics" / "metrics").read_text())) for s in good}
         step = max(good, key=lambda s: (ranks[s], s))
