@@ -114,13 +114,23 @@ def test_prompts_are_what_the_hand_says():
 
 def greedy(decoder, params, prompts, cap, batch=4):
     """The answers in the order of the prompts, each of which is given once."""
+    return _in_order(generate.greedy(decoder, params, _ask(prompts), len(prompts.tokens), cap, batch), len(prompts.tokens))
 
-    def ask(numbers):
-        return jax.tree.map(lambda a: a[np.array(numbers)], prompts)
 
-    parts = list(generate.greedy(decoder, params, ask, len(prompts.tokens), cap, batch))
+def search(decoder, params, prompts, cap, least, batch=4):
+    """Likewise of the search."""
+    count = len(prompts.tokens)
+    return _in_order(generate.search(decoder, params, _ask(prompts), count, cap, least, batch), count)
+
+
+def _ask(prompts):
+    return lambda numbers: jax.tree.map(lambda a: a[np.array(numbers)], prompts)
+
+
+def _in_order(found, count):
+    parts = list(found)
     numbers = np.concatenate([numbers for numbers, _ in parts])
-    assert sorted(numbers) == list(range(len(prompts.tokens)))
+    assert sorted(numbers) == list(range(count))
     return jax.tree.map(lambda *a: np.concatenate(a)[np.argsort(numbers)], *(found for _, found in parts))
 
 
@@ -207,12 +217,13 @@ def test_one_compilation_for_any_parameters_and_number_of_prompts():
     scale=st.sampled_from([2.0, 4.0, 6.0]),
     ends=st.sampled_from([0.0, 3.0]),
     least=st.sampled_from([0.02, 0.1, 0.3, 0.7]),
+    batch=st.sampled_from([1, 16]),  # with few rows the frontier overflows, and prompts are asked again, fewer at once
 )
-def test_search_finds_what_a_recursive_depth_first_search_finds(seed, scale, ends, least):
+def test_search_finds_what_a_recursive_depth_first_search_finds(seed, scale, ends, least, batch):
     cap = 5
     params = _params(seed, scale)
     params[:, END] += ends
-    found = generate.search(HASHING, params, PROMPTS, cap, least)
+    found = search(HASHING, params, PROMPTS, cap, least, batch)
     assert found.tokens.shape == (4, math.floor(1 / least + 1e-9), cap)
     for row, prompt in enumerate(ENCODED):
         expected, met = _depth_first(params, prompt, int(PROMPTS.task[row]), int(PROMPTS.dihedral[row]), cap, math.log(least))
@@ -231,7 +242,7 @@ def test_the_search_finds_something_to_find():
     for seed in range(10):
         params = _params(seed)
         params[:, END] += 3
-        sizes += np.sum(generate.search(HASHING, params, PROMPTS, 5, 0.02).finished, -1).tolist()
+        sizes += np.sum(search(HASHING, params, PROMPTS, 5, 0.02).finished, -1).tolist()
     assert max(sizes) > 3
 
 
@@ -242,10 +253,28 @@ def test_search_worked_by_hand():
     params[0, 1, [END, 2]] = np.log([0.55, 0.45])
     params[0, 2, END] = 0
     prompts = _prompts([ENCODED[0]], [0], [0])
-    found = generate.search(_scripted([]), params, prompts, 9, 0.15)
+    found = search(_scripted([]), params, prompts, 9, 0.15)
     np.testing.assert_allclose(np.exp(found.logprob[0]), [0.6, 0.22, 0.18, 0, 0, 0], rtol=1e-5)
     assert found.length[0].tolist() == [1, 2, 3, 0, 0, 0]
     assert found.finished[0].tolist() == [True] * 3 + [False] * 3
     assert found.tokens[0, :3, :3].tolist() == [[END] * 3, [1, END, END], [1, 2, END]]
-    assert np.sum(generate.search(_scripted([]), params, prompts, 9, 0.3).finished) == 1
-    assert np.sum(generate.search(_scripted([]), params, prompts, 2, 0.15).finished) == 2  # the third needs three tokens
+    assert np.sum(search(_scripted([]), params, prompts, 9, 0.3).finished) == 1
+    assert np.sum(search(_scripted([]), params, prompts, 2, 0.15).finished) == 2  # the third needs three tokens
+
+
+def test_when_the_frontier_overflows_fewer_prompts_are_asked_at_once():
+    """Each of eight prompts has ten completions of a tenth, and 20 rows hold those of two."""
+    asked = []
+    params = np.full((1, 2, VOCAB), -np.inf, np.float32)
+    params[0, 0, :10] = np.log(0.1)
+    params[0, 1, END] = 0
+    prompts = _prompts([ENCODED[0]] * 8, [0] * 8, [0] * 8)
+
+    def ask(numbers):
+        asked.append(len(set(numbers)))
+        return _ask(prompts)(numbers)
+
+    found = _in_order(generate.search(_scripted([]), params, ask, 8, 9, 0.09, 20), 8)
+    assert [sorted(row) for row in found.tokens[:, :10, 0].tolist()] == [list(range(10))] * 8
+    assert found.finished[:, :10].all() and not found.finished[:, 10:].any()
+    assert asked == [6, 3, 1, 2, 3, 1, 2, 2]  # six and three do not fit; after each success one more is tried

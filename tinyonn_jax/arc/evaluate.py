@@ -116,12 +116,7 @@ def evaluate(
             yield numbers, jax.tree.map(lambda a: a[:, None], found)
 
     def searching(ask: _Ask, count: int) -> _Found:
-        size = generate.round_up(max(cfg.batch // width, 1), decoder.multiple)
-        for first in range(0, count, size):
-            numbers = np.arange(first, min(first + size, count))
-            filled = np.pad(numbers, (0, size - len(numbers)), "edge").tolist()
-            found = jax.device_get(generate.search(decoder, params, ask(filled), cap, cfg.min_probability))
-            yield numbers, jax.tree.map(lambda a, real=numbers: a[: len(real)], found)
+        return generate.search(decoder, params, ask, count, cap, cfg.min_probability, cfg.batch)
 
     everything, plain = _distinct(groups, data), _Work([], [])
     width = generate.search_width(cfg.min_probability)

@@ -1,9 +1,9 @@
 """Writing answers: greedy decoding with a cache, in batches that stay full, and the search for every probable completion.
 
 The model is handed in as two functions: anything with a cache decodes. Each way compiles once per (prompt length, cap, batch).
-Letters: B prompts, T prompt tokens, W completions a prompt, N rows decoded side by side (B·W in the search), M prompts read into
-them at once, K prompts answered, V vocabulary. Source: mdlARC; the search is the depth-first one of Franzen et al.
-(2024, "The LLM ARChitect"), level by level.
+Letters: B prompts, T prompt tokens, W completions a prompt, N rows decoded side by side, M prompts read into them at once, K
+prompts answered, V vocabulary. Source: mdlARC; the search is the depth-first one of Franzen et al. (2024, "The LLM ARChitect"),
+level by level.
 """
 
 import math
@@ -215,74 +215,127 @@ def search_width(min_probability: float) -> int:
 
 
 @flax.struct.dataclass
-class _State:
-    """The rows after `count` tokens: `last [N]` is the newest, `cell [N,2]` its (x, y)."""
+class _Frontier:
+    """Rows after `count` tokens, each a prefix of an answer to prompt `owner [N]`, or all of one. `last [N]` is its last token,
+    `cell [N,2]` where that lies, `logprob [N]` -inf where there is none. `fits`: none ever had to be left out."""
 
     count: Array
+    owner: Array
     tokens: Array
     last: Array
     cell: Array
     logprob: Array
     finished: Array
+    fits: Array
     cache: Any
 
 
-@partial(jax.jit, static_argnames=("decoder", "cap", "min_probability"))
-def search(decoder: Decoder, params: Any, prompts: Prompts, cap: int, min_probability: float) -> Completions:
-    """Every completion of at most `cap` tokens whose probability is at least `min_probability`, best first; leaves `[B,W,…]`.
+ROWS_EACH = 3
+"""Rows of a search for each prompt: more than most have prefixes of enough probability, fewer than a single one may have."""
+
+
+def search(
+    decoder: Decoder,
+    params: Any,
+    ask: Callable[[Sequence[int]], Prompts],
+    count: int,
+    cap: int,
+    min_probability: float,
+    batch: int,
+) -> Iterator[tuple[Int[np.ndarray, "K"], Completions]]:
+    """Every completion of at most `cap` tokens whose probability is at least `min_probability`, best first; of `count` prompts.
 
     A depth-first search follows each prefix while its probability is high enough. Prefixes of one length, together with the
     completions that ended before, exclude each other: their probabilities sum to at most 1, so at most W = ⌊1 / min_probability⌋
-    of them qualify. A frontier of W rows, expanded by one token at a time, therefore never drops any and finds exactly the
-    depth-first set, in a bounded batch: a completed row has one child, itself; children below the threshold are discarded; each
-    child takes over its parent's row of the cache.
+    of them qualify, and most often few do. Prompts share a frontier of rows, expanded by one token at a time, which finds exactly
+    the depth-first set unless it overflows; then half as many prompts are asked at once, and after each success one more.
+
+    Args:
+        ask: the prompts of these numbers (each below `count`), all filled up to one length.
+        batch: rows of the frontier, rounded up to what the decoder divides by, and to W.
+
+    Yields:
+        Numbers of prompts, and what follows them, leaves `[K,W,…]`; each number once.
     """
     width = search_width(min_probability)
+    size = round_up(max(batch // ROWS_EACH, 1), decoder.multiple)
+    rows = round_up(max(batch, size, width), decoder.multiple)
+    first, some = 0, size
+    while first < count:
+        numbers = np.arange(first, min(first + some, count))
+        prompts = ask([*numbers.tolist(), *[first] * (size - len(numbers))])
+        asked = np.arange(size) < len(numbers)
+        found, fits = jax.device_get(_search(decoder, params, prompts, asked, cap, min_probability, rows))
+        if not fits and len(numbers) > 1:
+            some = len(numbers) // 2
+            continue
+        yield numbers, jax.tree.map(lambda a, real=numbers: a[: len(real)], found)
+        first, some = first + len(numbers), min(some + 1, size)
+
+
+@partial(jax.jit, static_argnames=("decoder", "cap", "min_probability", "rows"))
+def _search(
+    decoder: Decoder, params: Any, prompts: Prompts, asked: Bool[Array, "B"], cap: int, min_probability: float, rows: int
+) -> tuple[Completions, Bool[Array, ""]]:
+    """What follows the prompts that are asked, leaves `[B,W,…]`, and whether the frontier of N rows held it all. A completed row
+    has one child, itself; children below the threshold are discarded; each takes over its parent's row of the cache."""
     logits, z, cache = _read(decoder, params, prompts, prompts.tokens.shape[1] + cap)
-    n = len(logits) * width
-    logits, z, prefix, task, dihedral = (
-        jnp.repeat(a, width, 0) for a in (logits, z, prompts.prefix, prompts.task, prompts.dihedral)
-    )
-    state = _State(
+    b = len(logits)
+    start = _Frontier(
         count=jnp.int32(0),
-        tokens=jnp.full((n, cap), END, jnp.int32),
-        last=jnp.zeros(n, jnp.int32),
-        cell=_before(n),
-        logprob=jnp.where(jnp.arange(n) % width == 0, 0.0, -jnp.inf),  # one empty completion a prompt
-        finished=jnp.zeros(n, bool),
-        cache=jax.tree.map(lambda a: jnp.repeat(a, width, 1), cache),
+        owner=jnp.arange(b),
+        tokens=jnp.full((b, cap), END, jnp.int32),
+        last=jnp.zeros(b, jnp.int32),
+        cell=_before(b),
+        logprob=jnp.where(asked, 0.0, -jnp.inf),  # one empty completion each
+        finished=jnp.zeros(b, bool),
+        fits=jnp.bool_(True),
+        cache=cache,
     )
 
-    def expand(s: _State, logits: Array, cache: Any) -> _State:
+    def expand(s: _Frontier, logits: Array, cache: Any) -> _Frontier:
         vocabulary = logits.shape[-1]
         stay = jnp.where(jnp.arange(vocabulary) == END, 0.0, -jnp.inf)
         total = s.logprob[:, None] + jnp.where(s.finished[:, None], stay, jax.nn.log_softmax(logits))  # [N,V]
-        total = jnp.where(total >= math.log(min_probability), total, -jnp.inf)
-        best, child = jax.lax.top_k(total.reshape(-1, width * vocabulary), width)  # [B,W]
-        parent = (child // vocabulary + width * jnp.arange(len(child))[:, None]).ravel()
-        token = (child % vocabulary).ravel().astype(jnp.int32)
-        return _State(
+        total = jnp.where(total >= math.log(min_probability), total, -jnp.inf).ravel()
+        best, child = jax.lax.top_k(jnp.pad(total, (0, max(rows - total.size, 0)), constant_values=-jnp.inf), rows)
+        parent, token = jnp.minimum(child // vocabulary, len(logits) - 1), (child % vocabulary).astype(jnp.int32)
+        return _Frontier(
             count=s.count + 1,
+            owner=s.owner[parent],
             tokens=s.tokens[parent].at[:, s.count].set(token),
             last=token,
             cell=_after(s.cell[parent], s.last[parent]),
-            logprob=best.ravel(),
+            logprob=best,
             finished=s.finished[parent] | (token == END),
+            fits=s.fits & (jnp.sum(total > -jnp.inf) <= rows),
             cache=jax.tree.map(lambda a: jnp.take(a, parent, 1), cache),
         )
 
-    def step(s: _State) -> _State:
-        position = jnp.concatenate([s.cell, z[:, None]], -1)
-        start = prefix + s.count - 1
-        logits, cache = decoder.decode(params, s.cache, s.last[:, None], position[:, None], start, prefix, task, dihedral)
+    def step(s: _Frontier) -> _Frontier:
+        prefix, task, dihedral = (a[s.owner] for a in (prompts.prefix, prompts.task, prompts.dihedral))
+        position = jnp.concatenate([s.cell, z[s.owner, None]], -1)
+        at = prefix + s.count - 1
+        logits, cache = decoder.decode(params, s.cache, s.last[:, None], position[:, None], at, prefix, task, dihedral)
         return expand(s, logits[:, 0], cache)
 
-    def going(s: _State) -> Array:
-        return (s.count < cap) & jnp.any(~s.finished & (s.logprob > -jnp.inf))
+    def going(s: _Frontier) -> Array:
+        return s.fits & (s.count < cap) & jnp.any(~s.finished & (s.logprob > -jnp.inf))
 
-    s = jax.lax.while_loop(going, step, expand(state, logits, state.cache))
+    s = jax.lax.while_loop(going, step, expand(start, logits, cache))
+    return _by_owner(s, b, search_width(min_probability)), s.fits
+
+
+def _by_owner(s: _Frontier, prompts: int, width: int) -> Completions:
+    """The rows of each prompt `[B,W,…]`, best first, as they all stand in the frontier."""
     used = s.logprob > -jnp.inf
-    finished = s.finished & used
-    length = jnp.where(finished, jnp.argmax(s.tokens == END, -1) + 1, jnp.where(used, s.count, 0))
-    found = Completions(jnp.where(used[:, None], s.tokens, END), length, s.logprob, finished)
-    return jax.tree.map(lambda a: a.reshape(-1, width, *a.shape[1:]), found)
+    before = (s.owner[:, None] == s.owner) & used & (jnp.arange(len(used)) < jnp.arange(len(used))[:, None])
+    rank = jnp.sum(before, -1)
+    place = jnp.where(used & (rank < width), s.owner * width + rank, prompts * width)  # nowhere
+    length = jnp.where(s.finished, jnp.argmax(s.tokens == END, -1) + 1, s.count)
+
+    def laid(rows: Array, empty: Any) -> Array:
+        out = jnp.full((prompts * width, *rows.shape[1:]), empty, rows.dtype)
+        return out.at[place].set(rows, mode="drop").reshape(prompts, width, *rows.shape[1:])
+
+    return Completions(laid(s.tokens, END), laid(length, 0), laid(s.logprob, -jnp.inf), laid(s.finished, False))
