@@ -1,5 +1,6 @@
 """Checkpoints: what was saved comes back, damage is noticed and survived, and a full disk loses nothing."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import pytest
 
 from tinyonn_jax.config import MeshConfig
 from tinyonn_jax.layers.base import Param, init, normal
-from tinyonn_jax.training import sharding
+from tinyonn_jax.training import checkpoint, sharding
 from tinyonn_jax.training.checkpoint import CheckpointError, Checkpoints, restore_params, steps
 from tinyonn_jax.training.state import TrainState
 
@@ -181,6 +182,22 @@ def test_what_a_kill_leaves_of_a_save_is_cleared_away(tmp_path):
     state, said = restore(tmp_path)
     assert int(state.step) == 20 and not said
     assert sorted(os.listdir(tmp_path)) == ["20"]
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_of_several_processes_the_first_alone_clears_away(tmp_path, monkeypatch, readable):
+    """The others neither look nor touch, for what each finds depends on how fast it is: they meet it, and hear the outcome."""
+    save(tmp_path, 20, 40)
+    empty(tmp_path / "40")
+    shutil.copytree(tmp_path / "20", tmp_path / "60.orbax-checkpoint-tmp")
+    before, met = sorted(tmp_path.rglob("*")), []
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(checkpoint, "meet", met.append)
+    monkeypatch.setattr(checkpoint.multihost_utils, "broadcast_one_to_all", lambda _: np.bool_(not readable))
+    with contextlib.nullcontext() if readable else pytest.raises(CheckpointError, match="the first process"):
+        checkpoint._tidy(tmp_path, print)
+    assert met == ["checkpoints"] and sorted(tmp_path.rglob("*")) == before
 
 
 def test_saving_a_step_that_is_there_changes_nothing(tmp_path):
