@@ -216,11 +216,10 @@ def test_one_compilation_for_any_parameters_and_number_of_prompts():
     seed=st.integers(0, 2**20),
     scale=st.sampled_from([2.0, 4.0, 6.0]),
     ends=st.sampled_from([0.0, 3.0]),
-    least=st.sampled_from([0.02, 0.1, 0.3, 0.7]),
-    batch=st.sampled_from([1, 16]),  # with few rows the frontier overflows, and prompts are asked again, fewer at once
+    limits=st.sampled_from([(0.02, 16), (0.1, 1), (0.3, 16), (0.7, 1)]),
 )
-def test_search_finds_what_a_recursive_depth_first_search_finds(seed, scale, ends, least, batch):
-    cap = 5
+def test_search_finds_what_a_recursive_depth_first_search_finds(seed, scale, ends, limits):
+    cap, (least, batch) = 5, limits
     params = _params(seed, scale)
     params[:, END] += ends
     found = search(HASHING, params, PROMPTS, cap, least, batch)
