@@ -1,4 +1,4 @@
-"""Pictures of a run's metrics: the two dashboards, and the curves of several runs side by side.
+"""Pictures of a run's metrics: the two dashboards.
 
 A panel without data says why it is empty. Letters: S logged steps, M modules of one routed layer, D model.
 Source: what seeds 2, 3 and 4 watched.
