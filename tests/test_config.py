@@ -30,6 +30,13 @@ def test_a_value_of_another_type_is_refused(section, field, value, says):
         section(**{field: value})
 
 
+def test_only_recursions_of_one_block_have_embeddings():
+    with pytest.raises(ConfigError, match=r"--model\.no-recursed"):
+        ModelConfig(recursed=False, recursion_embedding=True)
+    with pytest.raises(ConfigError, match=r"model\.depth 1 has only one"):
+        ModelConfig(depth=1, recursion_embedding=True)
+
+
 def test_deep_supervision_needs_something_deep():
     with pytest.raises(ConfigError, match=r"model\.depth 1 has none"):
         ModelConfig(depth=1, deep_supervision=0.5)

@@ -94,6 +94,8 @@ class ModelConfig:
     """Refine each block's prototypes from those of the block before (dfc and dfc_hard with model.recursed false)."""
     inject: bool = True
     """Add the embedded input again at every recursion."""
+    recursion_embedding: bool = False
+    """Add a learned embedding of the recursion to every token, so that the one block can tell them apart (model.recursed)."""
     deep_supervision: float = 0.0
     """Weight of the loss at earlier recursions against the last; 0 trains the last one alone."""
     remat: bool = False
@@ -112,6 +114,11 @@ class ModelConfig:
             _require(getattr(self, name) >= least, f"model.{name} must be at least {least}, got {getattr(self, name)}")
         _require(
             self.head_dim % 2 == 0 and self.head_dim >= 6, f"model.head_dim must be even and at least 6, got {self.head_dim}"
+        )
+        _require(
+            not self.recursion_embedding or (self.recursed and self.depth > 1),
+            "model.recursion_embedding tells recursions of one block apart: "
+            + ("model.depth 1 has only one" if self.recursed else "stacked blocks (--model.no-recursed) are no recursions"),
         )
         _require(self.rope_base > 0, f"model.rope_base must be positive, got {self.rope_base}")
         _require(self.shared_experts >= 0, f"model.shared_experts must not be negative, got {self.shared_experts}")

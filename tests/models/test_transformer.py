@@ -75,6 +75,8 @@ def naive(params, copies, push, cfg: ModelConfig, batch):
     for r in range(cfg.depth):
         if r > 0 and cfg.inject:
             x = x + e0
+        if cfg.recursion_embedding:
+            x = x + params.recursion[r]
         h = unit_rms(x, block.norm_attention)
         weight = weights(h, block.attention.router, cfg.latent_heads // groups, cfg.active_heads)
         heads = []
@@ -103,7 +105,7 @@ def naive(params, copies, push, cfg: ModelConfig, batch):
 @pytest.fixture(scope="module")
 def reference():
     """Everything about one step of a tiny DynTRM, from the naive network: loss, gradients, signals `[R,N,M]` and `[R,M]`."""
-    cfg = tiny.config()
+    cfg = tiny.config(recursion_embedding=True)
     params = tiny.params(cfg)
     n = BATCH.tokens.size
     block = params.block
@@ -140,7 +142,7 @@ def reference():
 @pytest.mark.parametrize("how", ["scanned", "rematerialised", "unrolled"])
 def test_loss_gradients_and_signals_of_every_recursion(reference, how, monkeypatch):
     cfg, params, loss, logits, rest, total, found = reference
-    cfg, run = tiny.config(remat=how == "rematerialised"), gradients
+    cfg, run = dataclasses.replace(cfg, remat=how == "rematerialised"), gradients
     if how == "unrolled":  # as on a GPU; traced anew
         monkeypatch.setattr(transformer, "_unroll", lambda cfg: cfg.depth)
         run = jax.jit(partial(gradients.__wrapped__), static_argnames="cfg")
@@ -160,6 +162,7 @@ def test_loss_gradients_and_signals_of_every_recursion(reference, how, monkeypat
         (grads.embed, rest.embed),
         (grads.task, rest.task),
         (grads.dihedral, rest.dihedral),
+        (grads.recursion, rest.recursion),
         (grads.norm, rest.norm),
         (grads.head, rest.head),
     ):
@@ -262,7 +265,7 @@ def test_stacked_blocks_with_the_same_weights_are_the_recursed_block(kind):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"kind": "dense"},
+        {"kind": "dense", "recursion_embedding": True},
         {"kind": "dense", "recursed": False, "inject": False},
         {"recursed": False, "inject": False, "select": "threshold", "cost": "linear"},
         {"shared_experts": 1, "active_heads": 2, "match": "dot"},

@@ -1,11 +1,12 @@
 """The network: embed, apply a block `depth` times, read out. One code path; the kind decides the block's parts.
 
     x = token + task + dihedral embeddings;  e0 = x
-    each recursion r:  x += e0 (inject, r > 0);  x += attention(norm(x));  x += feedforward(norm(x))
+    each recursion r:  x += e0 (inject, r > 0) + e_r (recursion embedding);  x += attention(norm(x));  x += feedforward(norm(x))
     logits = norm(x) · head
 
 Recursed (DynTRM): one set of parameters, scanned R times, one Routing per recursion. Stacked: the same scan over parameters
-with a leading axis L. Letters: B batch, T positions, D model, R recursions or layers, V vocabulary. Source: seed 1 §4.
+with a leading axis L. Letters: B batch, T positions, D model, R recursions or layers, V vocabulary. Source: seed 1 §4; recursion
+embeddings: Universal Transformers (Dehghani et al., 2019), there of fixed sines.
 """
 
 from dataclasses import replace
@@ -41,11 +42,13 @@ class Block:
 
 @flax.struct.dataclass
 class Params:
-    """`embed [V,D]`, `task [tasks,D]` or None, `dihedral [8,D]`, the block (stacked: leading L), `norm [D]`, `head [D,V]`."""
+    """`embed [V,D]`, `task [tasks,D]` or None, `dihedral [8,D]`, `recursion [R,D]` or None, the block (stacked: leading L),
+    `norm [D]`, `head [D,V]`."""
 
     embed: Any
     task: Any
     dihedral: Any
+    recursion: Any
     block: Block
     norm: Any
     head: Any
@@ -121,6 +124,7 @@ def spec(cfg: ModelConfig, tasks: int) -> Params:
         embed=Param((VOCAB, cfg.dim), (None, "embed"), normal(0.5)),
         task=Param((tasks, cfg.dim), (None, "embed"), normal(0.5)) if cfg.task_embedding else None,
         dihedral=Param((DIHEDRALS, cfg.dim), (None, "embed"), normal(0.5)),
+        recursion=Param((cfg.depth, cfg.dim), (None, "embed"), normal(0.02)) if cfg.recursion_embedding else None,
         block=block,
         norm=norm,
         head=Param((cfg.dim, VOCAB), ("embed", None), normal(0.02)),
@@ -263,8 +267,9 @@ def _recurse(
 
     def body(carry, per_step):
         x, depth, cache = carry
-        index, block, tap, port = per_step
+        index, own, block, tap, port = per_step
         y = x + jnp.where(index > 0, e0, 0) if cfg.inject else x
+        y = y if own is None else y + layout.whole(own).astype(y.dtype)
         block = _attach(shared, port) if block is None else block
         y, routings, cache = run(block, y, taps=tap, cache=cache and replace(cache, layer=index))
         if stop:
@@ -278,7 +283,7 @@ def _recurse(
     blocks = None if cfg.recursed else refined(params.block)
     shared, ports = (params.block, {}) if cache is not None else _defer(params.block, x, cfg, taps)
     start = (x, jnp.zeros(x.shape[:2], jnp.int32), cache)  # carried, so that caches are written in place
-    per_step = (jnp.arange(cfg.depth), blocks, taps, ports)
+    per_step = (jnp.arange(cfg.depth), params.recursion, blocks, taps, ports)
     (x, depth, cache), (steps, routings) = jax.lax.scan(body, start, per_step, unroll=unroll)
     return x, steps, routings, cache, jnp.minimum(depth + 1, cfg.depth) if stop else depth
 

@@ -210,7 +210,7 @@ def count_parameters(spec: Any) -> dict[str, Any]:
         group = ".".join(words[: 2 if words[0] == "block" else 1])
         groups[group] = groups.get(group, 0) + int(np.prod(param.shape))
     in_routers = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(routers(spec), is_leaf=base.is_param))
-    embeddings = sum(groups.get(name, 0) for name in ("embed", "task", "dihedral"))
+    embeddings = sum(groups.get(name, 0) for name in ("embed", "task", "dihedral", "recursion"))
     return {"total": sum(groups.values()), "embeddings": embeddings, "routers": in_routers, "groups": groups}
 
 
