@@ -312,7 +312,9 @@ def test_rule_none_leaves_routers_bit_identical_and_backprop_moves_them(name):
     assert ("loss_balance" in metrics) == (name == "backprop")
 
 
-@pytest.mark.parametrize(("cfg", "rule"), [(tiny.config(), sars()), (tiny.config("dfc", recursed=False), msaps())])
+@pytest.mark.parametrize(
+    ("cfg", "rule"), [(tiny.config(recursion_embedding=True), sars()), (tiny.config("dfc", recursed=False), msaps())]
+)
 def test_eight_devices_give_the_gradients_and_signals_of_one(cfg, rule):
     loss_fn = make_loss(Config(model=cfg), rule)
     spec, params = transformer.spec(cfg, tiny.TASKS), tiny.params(cfg)
