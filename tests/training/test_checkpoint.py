@@ -215,6 +215,15 @@ def test_another_kind_of_state_is_one_clear_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_part_that_newer_versions_may_have_and_this_state_has_not_is_not_missed(tmp_path):
+    save(tmp_path, 20)
+    like = make()
+    like = like.replace(params={**like.params, "new": None}, ema={**like.ema, "new": {"a": None}})
+    state, _ = restore(tmp_path, like)
+    assert state.params["new"] is None and state.ema["new"] == {"a": None}
+    np.testing.assert_array_equal(state.params["w"], make(20).params["w"])
+
+
 FULL_DISK = """
 import logging, resource, signal, sys
 logging.getLogger("absl").setLevel("CRITICAL")

@@ -196,28 +196,33 @@ def _items(state: Any) -> dict[str, Any]:
 def _read(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
     """The items named in `like` of one checkpoint, in the shapes, types and shardings given there.
 
-    Shapes are compared first: what Orbax itself raises about a wrong one comes with pages of its own.
+    Shapes are compared first: what Orbax itself raises about a wrong one comes with pages of its own. What is read is asked for
+    as it was written: a part that is None here may have had no place there.
     """
-    handler = ocp.StandardCheckpointHandler()
-    for item, tree in like.items():
-        written, wanted = _shapes(handler.metadata(path / item).tree), _shapes(tree)  # pyright: ignore[reportArgumentType]
-        odd = sorted(name for name in written.keys() | wanted.keys() if written.get(name) != wanted.get(name))
-        if odd:
-            was, now = (shapes.get(odd[0], "nothing") for shapes in (written, wanted))
-            raise CheckpointError(
-                f"{path} holds another state than this version trains ({item}/{odd[0]}: {was} there, {now} here); "
-                "move the run folder away to start again"
-            )
+    handler, found = ocp.StandardCheckpointHandler(), {}
     with ocp.Checkpointer(handler) as reader:
-        return {
-            item: reader.restore(path / item, args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)))
-            for item, tree in like.items()
-        }
+        for item, tree in like.items():
+            there: Any = handler.metadata(path / item).tree  # pyright: ignore[reportArgumentType]
+            written, wanted = _arrays(there), _arrays(tree)
+            odd = sorted(name for name in written.keys() | wanted.keys() if _shape(written, name) != _shape(wanted, name))
+            if odd:
+                raise CheckpointError(
+                    f"{path} holds another state than this version trains ({item}/{odd[0]}: {_shape(written, odd[0])} there, "
+                    f"{_shape(wanted, odd[0])} here); move the run folder away to start again"
+                )
+            asked = ocp.tree.from_flat_dict(jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted), there, sep="/")
+            read = reader.restore(path / item, args=ocp.args.StandardRestore(asked))
+            found[item] = ocp.tree.from_flat_dict(_arrays(read), tree, sep="/")
+    return found
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of every array by its path."""
-    return {name: tuple(leaf.shape) for name, leaf in ocp.tree.to_flat_dict(tree, sep="/").items() if hasattr(leaf, "shape")}
+def _arrays(tree: Any) -> dict[str, Any]:
+    """Every array, or what stands for one, by its path."""
+    return ocp.tree.to_flat_dict(tree, sep="/")
+
+
+def _shape(arrays: Mapping[str, Any], name: str) -> tuple[int, ...] | str:
+    return tuple(arrays[name].shape) if name in arrays else "nothing"
 
 
 def _checksums(path: Path) -> dict[str, int]:
