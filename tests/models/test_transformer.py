@@ -75,8 +75,6 @@ def naive(params, copies, push, cfg: ModelConfig, batch):
     for r in range(cfg.depth):
         if r > 0 and cfg.inject:
             x = x + e0
-        if cfg.recursion_embedding:
-            x = x + params.recursion[r]
         h = unit_rms(x, block.norm_attention)
         weight = weights(h, block.attention.router, cfg.latent_heads // groups, cfg.active_heads)
         heads = []
@@ -105,7 +103,7 @@ def naive(params, copies, push, cfg: ModelConfig, batch):
 @pytest.fixture(scope="module")
 def reference():
     """Everything about one step of a tiny DynTRM, from the naive network: loss, gradients, signals `[R,N,M]` and `[R,M]`."""
-    cfg = tiny.config(recursion_embedding=True)
+    cfg = tiny.config()
     params = tiny.params(cfg)
     n = BATCH.tokens.size
     block = params.block
@@ -162,7 +160,6 @@ def test_loss_gradients_and_signals_of_every_recursion(reference, how, monkeypat
         (grads.embed, rest.embed),
         (grads.task, rest.task),
         (grads.dihedral, rest.dihedral),
-        (grads.recursion, rest.recursion),
         (grads.norm, rest.norm),
         (grads.head, rest.head),
     ):
@@ -340,6 +337,21 @@ def test_padding_influences_nothing(kind):
     for routing in out2.routings.values():
         assert not np.any(np.asarray(routing.active)[:, ~REAL.reshape(-1)])
         np.testing.assert_array_equal(routing.valid[0], REAL.reshape(-1))
+
+
+@pytest.mark.parametrize("inject", [True, False])
+def test_recursions_have_embeddings_of_their_own(inject):
+    """As the same vector in every token's embedding, which injecting networks add in each recursion, others in the first."""
+    cfg = tiny.config("dense", inject=inject, recursion_embedding=True)
+    params = tiny.params(cfg)
+    e = params.recursion[0]
+    every = params.replace(recursion=jnp.stack([e, e]), embed=params.embed - e)
+    first = params.replace(recursion=jnp.stack([e, 0 * e]), embed=params.embed - e)
+    without = params.replace(recursion=0 * params.recursion)
+    want, of_every, of_first = (apply(p, BATCH, cfg=cfg).logits for p in (without, every, first))
+    same, other = (of_every, of_first) if inject else (of_first, of_every)
+    np.testing.assert_allclose(same, want, **CLOSE)
+    assert float(jnp.abs(other - want).max()) > 1e-2
 
 
 def test_a_blank_task_is_a_zero_embedding():

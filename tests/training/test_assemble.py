@@ -88,12 +88,16 @@ def test_prototypes_from_the_first_batch(data, kind):
         assert nearest.max() < 1e-5
 
 
-def test_a_snapshot_shares_out_what_was_used(data):
+@pytest.fixture(scope="module")
+def routed(data):
+    """The program of a DynTRM on one device, compiled once, and a batch for it."""
     sets, dataset = data
-    config = smoke("dyntrm")
-    mesh = sharding.make_mesh(MeshConfig(data=1))
     batch = batch_at(dataset, 0, 0)
-    program = assemble.assemble(config, mesh, len(sets.tasks), batch)
+    return assemble.assemble(smoke("dyntrm"), sharding.make_mesh(MeshConfig(data=1)), len(sets.tasks), batch), batch
+
+
+def test_a_snapshot_shares_out_what_was_used(routed):
+    program, batch = routed
     state, metrics = program.step(program.initial(), program.put(batch))
     found = assemble.routing_snapshot(state, metrics)
     for name in ("block.attention", "block.feedforward"):
@@ -162,14 +166,14 @@ def test_decoding_over_devices_is_decoding_on_one(data):
     assert evaluate(decoder, params, sets.evaluation, sets.task_ids, config.data, cfg, cap=2).sequences > 20
 
 
-def test_reported_rates_are_those_of_the_updates(data):
+def test_reported_rates_are_those_of_the_updates(routed):
     """A skipped step is no update: the optimizers' schedules stand still, and so does what is reported."""
-    sets, dataset = data
-    config, first = smoke("dyntrm"), batch_at(dataset, 0, 0)
-    program = assemble.assemble(config, sharding.make_mesh(MeshConfig(data=1)), len(sets.tasks), first)
-    rates = []
+    program, batch = routed
+    initial, rates = program.initial(), []
     for step, skipped in ((1, 0), (3, 2), (3, 0)):
-        state = dataclasses.replace(program.initial(), step=jnp.int32(step), skipped_total=jnp.int32(skipped))
-        metrics = program.step(state, program.put(first))[1]
+        state = jax.tree.map(jnp.copy, initial)
+        counts = jax.device_put((jnp.int32(step), jnp.int32(skipped)), (state.step.sharding, state.skipped_total.sharding))
+        state = dataclasses.replace(state, step=counts[0], skipped_total=counts[1])
+        metrics = program.step(state, program.put(batch))[1]
         rates.append((float(metrics["lr_main"]), float(metrics["lr_meta"])))
     assert rates[0] == rates[1] < rates[2]
