@@ -269,7 +269,7 @@ def _recurse(
         x, depth, cache = carry
         index, own, block, tap, port = per_step
         y = x + jnp.where(index > 0, e0, 0) if cfg.inject else x
-        y = y if own is None else y + layout.whole(own).astype(y.dtype)
+        y = y if own is None else y + own
         block = _attach(shared, port) if block is None else block
         y, routings, cache = run(block, y, taps=tap, cache=cache and replace(cache, layer=index))
         if stop:
@@ -283,7 +283,8 @@ def _recurse(
     blocks = None if cfg.recursed else refined(params.block)
     shared, ports = (params.block, {}) if cache is not None else _defer(params.block, x, cfg, taps)
     start = (x, jnp.zeros(x.shape[:2], jnp.int32), cache)  # carried, so that caches are written in place
-    per_step = (jnp.arange(cfg.depth), params.recursion, blocks, taps, ports)
+    own = None if params.recursion is None else layout.whole(params.recursion).astype(x.dtype)
+    per_step = (jnp.arange(cfg.depth), own, blocks, taps, ports)
     (x, depth, cache), (steps, routings) = jax.lax.scan(body, start, per_step, unroll=unroll)
     return x, steps, routings, cache, jnp.minimum(depth + 1, cfg.depth) if stop else depth
 
