@@ -168,7 +168,7 @@ def parse(command: str, args: Sequence[str]) -> Any:
     if named == "":
         raise ConfigError("workdir must name a folder, got an empty name")
     workdir = Path(named or "")
-    stored = stored_config(workdir) if named and kind not in (Report, Compare) else None
+    stored = stored_config(workdir) if named and kind not in (Report, Compare, Continual) else None
     if kind in (Train, Continual):
         began, named = stored_origin(workdir) if stored else None, _value(args, "preset")
         preset = named or began or kind.__dataclass_fields__["preset"].default

@@ -191,7 +191,7 @@ def _train(run: Run, started: float | None, profile: int) -> None:
         state = checkpoints.restore(program.like)
         if state is None:
             state = program.initial()
-            for name in ANSWERS if process == 0 else ():  # of a run that was here before
+            for name in (*ANSWERS, ROUTING) if process == 0 else ():  # of a run that was here before
                 (folder / name).unlink(missing_ok=True)
         done = int(state.step)
         if done >= steps:

@@ -23,7 +23,7 @@ def from_json(text: str) -> Config:
     """
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
         raise ConfigError(f"not JSON ({error})") from None
     if not isinstance(data, dict):
         raise ConfigError("must hold one JSON object")

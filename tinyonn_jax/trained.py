@@ -197,5 +197,11 @@ def read_task(run: Run, file: Path, name: str = "") -> Task:
         )
     raw = read_json(file)
     if isinstance(raw, dict) and raw and "train" not in raw and "test" not in raw:
-        return _named(name, load_source(str(file), "eval").tasks, file)
+        source = load_source(str(file), "eval", skip_invalid=True)  # others than the one that is asked for
+        try:
+            return _named(name, source.tasks, file)
+        except ConfigError as error:
+            raise ConfigError("; not counting ".join((str(error), *source.messages))) from None
+    if name not in ("", file.stem):
+        raise ConfigError(f"{file} holds one task, {file.stem}: leave out --task {name}")
     return parse_task(file.stem, raw, str(file))

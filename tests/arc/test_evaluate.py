@@ -157,5 +157,7 @@ def test_the_cap_cuts_answers_off():
     assert answer_cap(DataConfig(max_grid=3, buckets=(64,))) == 13
     assert answer_cap(DataConfig(buckets=(64, 2000), tokens_per_batch=2000)) == 931
     assert answer_cap(DataConfig(buckets=(64, 200))) == 200
+    wide = Task("wide", (Pair(np.zeros((2, 5), np.int8), np.zeros((1, 1), np.int8)),), ())  # of the user's own
+    assert answer_cap(DataConfig(max_grid=3, buckets=(64,)), (wide,)) == 31
     assert evaluate(PAINTER, OFFSET, TASKS[:1], IDS, DATA, EVAL, cap=6).tasks["a"][0].greedy is None
     assert evaluate(PAINTER, OFFSET, TASKS[:1], IDS, DATA, EVAL, cap=7).tasks["a"][0].greedy is not None

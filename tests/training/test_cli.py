@@ -169,6 +169,15 @@ def test_what_failed_before_anything_was_saved_may_be_started_otherwise(tmp_path
         assert from_json((tmp_path / "config.json").read_text()).model.experts == experts
 
 
+def test_a_run_begun_anew_keeps_nothing_of_the_one_before(copy, monkeypatch):
+    shutil.rmtree(copy / "checkpoints")
+    (copy / "score.json").write_text("{}")
+    dense = ("--model.kind", "dense", "--learning.rule", "none", "--data.buckets", "48", "--train.steps", "2", "--mesh.data", "1")
+    assert here(monkeypatch, "train", "--preset", "smoke", "--workdir", copy, *dense) == 0
+    assert not (copy / "score.json").exists() and not (copy / "routing_latest.npz").exists()
+    assert [row["step"] for row in rows(copy)] == [1, 2]
+
+
 def start(folder: Path) -> subprocess.Popen[str]:
     line = command("train", *SMALL, "--workdir", folder)
     return subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -335,9 +344,10 @@ def test_mistakes_about_a_run_that_is_there(copy, monkeypatch, capsys):
     shutil.rmtree(copy / "checkpoints")
     assert here(monkeypatch, "evaluate", "--workdir", copy) == 2
     assert "no checkpoint yet; train first" in capsys.readouterr().err
-    (copy / "config.json").write_text('{"model": {"dim": 1')
-    assert here(monkeypatch, "train", "--workdir", copy) == 2
-    assert f"{copy / 'config.json'}: not JSON" in capsys.readouterr().err
+    for damaged in ('{"model": {"dim": 1', '{"model": {"dim": ' + "1" * 5000 + "}}", "[" * 100_000):
+        (copy / "config.json").write_text(damaged)
+        assert here(monkeypatch, "train", "--workdir", copy) == 2
+        assert f"{copy / 'config.json'}: not JSON" in capsys.readouterr().err
 
 
 def test_a_config_of_something_else_where_one_stands_is_not_read(tmp_path, monkeypatch, capsys):
@@ -391,13 +401,16 @@ def test_a_file_of_ones_own_for_a_run_that_takes_it(tmp_path):
     run = runs.begin(tmp_path / "run", parsed.config, "demo")
     assert trained.read_task(run, tasks / "good.json").id == "good"
     several = tasks / "several_challenges.json"
-    several.write_text(json.dumps(dict.fromkeys(("a", "b"), json.loads((tasks / "good.json").read_text()))))
+    good, bad = (json.loads((tasks / name).read_text()) for name in ("good.json", "bad.json"))
+    several.write_text(json.dumps({"a": good, "b": good, "c": bad}))
     assert trained.read_task(run, several, "b").id == "b"
-    for name, says in (("", "has 2 tasks, like a, b: name one with --task"), ("c", "task c is not in")):
+    for name, says in (("", "has 2 tasks, like a, b: name one with --task"), ("c", "task c is not in.*not counting.*12 is no")):
         with pytest.raises(ConfigError, match=says):
             trained.read_task(run, several, name)
     with pytest.raises(ValueError, match="12 is no colour"):
         trained.read_task(run, tasks / "bad.json")
+    with pytest.raises(ConfigError, match="holds one task, good: leave out --task other"):
+        trained.read_task(run, tasks / "good.json", "other")
 
 
 def test_help_lists_commands_presets_and_every_field(monkeypatch, capsys):
@@ -422,6 +435,7 @@ def test_defaults_come_from_the_preset_then_the_folder(copy):
     assert cli.parse("train", ["--workdir", str(copy)]).config == stored
     (copy / "run.json").unlink()  # then the preset is not known, and not needed
     assert cli.parse("train", ["--workdir", str(copy)]).config == stored
+    assert cli.parse("continual", ["--workdir", str(copy)]).config == PRESETS["continual"][1]  # of no run
     with pytest.raises(ConfigError):
         cli.parse("train", ["--workdir", "new", "--train.steps", "0"])
 

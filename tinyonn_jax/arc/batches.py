@@ -369,8 +369,9 @@ def _noisy(batch: Batch, share: float, rng: np.random.Generator, rows: slice) ->
     """The batch, `rows` of one that all processes draw alike, read with a share of the answers' cells in random colours."""
     draw = rng.random((rows.stop, batch.tokens.shape[1]))[rows]
     answer = (np.arange(batch.tokens.shape[1]) >= batch.prefix[:, None]) & (batch.tokens < COLOURS)
-    colour = (draw * (COLOURS / share)).astype(np.int32)  # of a draw below the share, each of them as likely
-    return batch.replace(read=np.where(answer & (draw < share), colour, batch.tokens))  # pyright: ignore[reportAttributeAccessIssue]
+    wrong = answer & (draw < share)
+    colour = np.minimum(COLOURS * (np.where(wrong, draw, 0) / share), COLOURS - 1).astype(np.int32)  # each of them as likely
+    return batch.replace(read=np.where(wrong, colour, batch.tokens))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _trained(t: np.ndarray, prefix: np.ndarray, length: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ Letters: W completions a query, K prompts, P processes, S prompts of each. Sourc
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,12 +32,14 @@ class _Work(NamedTuple):
     askers: list[tuple[Query, int]]
 
 
-def answer_cap(data: DataConfig) -> int:
-    """Tokens that an answer may have: those of a grid of `max_grid` (else 30) squared and its END, at most the longest bucket.
+def answer_cap(data: DataConfig, tasks: Iterable[Task] = ()) -> int:
+    """Tokens that an answer may have: those of a square grid and its END, at most the longest bucket.
 
-    An answer longer than every bucket is longer than any sequence the model was trained on.
+    Its side is `max_grid` (else 30), or that of the largest demonstration of `tasks`, where one is larger. An answer longer than
+    every bucket is longer than any sequence the model was trained on.
     """
-    side = data.max_grid or MAX_SIDE
+    shown = (max(grid.shape) for task in tasks for pair in task.train for grid in (pair.input, pair.output) if grid is not None)
+    side = max(data.max_grid or MAX_SIDE, *shown, 1)
     return min(side * (side + 1) + 1, data.buckets[-1])
 
 
@@ -65,13 +67,13 @@ def evaluate(
         decoder: the model, on devices of this process; one that stops recursing early (`cfg.entropy_stop`) does so by itself.
         task_ids: rows of the task embedding; other tasks, and with `cfg.blank_task` all, get a blank one (-1).
         seed: of the augmentations.
-        cap: tokens an answer may have; `answer_cap(data)` unless given.
+        cap: tokens an answer may have; `answer_cap(data, tasks)` unless given.
         checkpoint: step of `params`, for the record.
         progress: called with the number of sequences that this process has decoded so far, and of all that it will, now and then.
         process: (p, P) decodes the p-th of P shares, by itself.
         gather: makes arrays `[P,S,…]` of those of each process `[S,…]`, and waits for all; needed where P > 1.
     """
-    cap = answer_cap(data) if cap is None else cap
+    cap = answer_cap(data, tasks) if cap is None else cap
     rows = rows_of(task_ids, cfg.blank_task)
     queries = [
         Query(task, test, rows.get(task.id, -1), view)

@@ -49,7 +49,7 @@ def _rows(text: str, source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
             _ = row["step"] + 1
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, RecursionError, KeyError, TypeError):
             if number < len(lines):
                 raise ConfigError(f"{source}: line {number} is not a row of metrics; delete that line") from None
             return
