@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tinyonn_jax.layers import base, spl, tap
-from tinyonn_jax.layers.routing import RouterConfig, given
+from tinyonn_jax.layers.routing import RouterConfig, drln, given
 from tinyonn_jax.learning.msaps import (
     BORN,
     anchors,
@@ -180,8 +180,9 @@ def test_the_dead_are_reborn_near_the_living():
     distance = jnp.linalg.norm(after.router.proto[~kept] - centroid, axis=-1)
     assert (distance > 0).all() and (distance < 2 * spread * D**0.5).all()
     assert new.rule[""][2] == BORN and new.rule[""][1] == pytest.approx(0.2)
-    nobody = replace(meta, rule={"": jnp.zeros(M)})
-    np.testing.assert_array_equal(rule.renew(params, nobody, jax.random.key(0))[0].router.proto, params.router.proto)
+    after, new, dead = rule.renew(params, replace(meta, rule={"": jnp.zeros(M)}), jax.random.key(0))  # nobody lives
+    np.testing.assert_array_equal(after.router.proto, params.router.proto)
+    assert not dead[""].any() and not new.rule[""].any()
     assert msaps(renew=0.0).renew is None
 
 
@@ -190,6 +191,9 @@ def test_every_part_can_be_switched_off():
     off = msaps(attract=False, regress=False, protect=False, l2=0.0, renew=0.0)
     gradient = jax.grad(objective(off, params, routing, signals))(params.router)
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+    total = shape_layer(params.router, routing, signals, attract=False)["total"]
+    np.testing.assert_allclose(total, drln(signals.module_param), rtol=1e-6)  # no surprise of a loss that is not there
+    assert jnp.abs(total - shape_layer(params.router, routing, signals)["total"]).max() > 0.1
     grads = jax.tree.map(jnp.ones_like, params)
     after = off.adjust(grads, params, {}, {}, state(params))
     jax.tree.map(np.testing.assert_array_equal, after, grads)
@@ -200,6 +204,6 @@ def test_types_stay_where_x64_is_on():
     with jax.enable_x64(True):
         assert protection(jnp.ones(4, jnp.float32), jnp.float32(0.5), 0.5).dtype == jnp.float32
         for dtype in (jnp.bfloat16, jnp.float32):
-            assert reborn(jnp.ones((4, 2), dtype), jnp.arange(4) == 0, jax.random.key(0)).dtype == dtype
+            assert reborn(jnp.ones((4, 2), dtype), jnp.arange(4) == 0, jax.random.key(0))[0].dtype == dtype
         routing = given(jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 1), bool), 4)
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(tap.zeros(routing)))

@@ -12,6 +12,7 @@ def test_a_step_by_hand():
     flops = step_flops(tiny.config(), tokens=10, pairs=70)
     assert flops.routed == 10 * 2 * 6 * (2 * 3 * 8 * 5)
     assert flops.other == 10 * (2 * 6 * (2 * 8 * 6 * 2 + 2 * 8 * 6 * 2 + 8 * (4 + 3) + 2 * 7 * 2 * 6) + 6 * 8 * 14)
+    assert step_flops(tiny.config(cost="linear"), 10, 70).other == flops.other + 10 * 2 * 6 * 8 * (4 + 3)  # gates
     assert step_flops(tiny.config(remat=True), 10, 70).routed == flops.routed * 4 / 3
 
 

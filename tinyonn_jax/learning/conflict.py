@@ -49,8 +49,9 @@ def _scaled(v: Float[Array, " P"]) -> Float[Array, " P"]:
 def meta_gradient(loss_fn: Callable[..., Any], rule: LearningRule, params: Any, meta: MetaState, batch: Any) -> Any:
     """The gradient of a rule's objective on *every* parameter, also through the network that made the routings.
 
-    The train step differentiates by the routers alone; whether that leaves anything out can be seen here. Signals are data: they
-    are measured once and held fixed. `loss_fn(params, taps, batch) -> (loss, aux)` as for the train step.
+    The train step differentiates by the routers alone; a rule that lets a gradient through its routings would show here (`sars`
+    and `msaps` read their inputs as constants). Signals are data: they are measured once and held fixed.
+    `loss_fn(params, taps, batch) -> (loss, aux)` as for the train step.
     """
     taps = surprise.make_taps(jax.eval_shape(loss_fn, params, None, batch)[1].routings)
     tapped, aux = jax.grad(loss_fn, 1, has_aux=True)(params, taps, batch)

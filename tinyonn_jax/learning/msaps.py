@@ -75,8 +75,9 @@ def gate_size(router: Router) -> Float[Array, "*L M"]:
     return jnp.linalg.norm(router.gate, axis=-1) if router.gate.ndim == router.proto.ndim else jnp.abs(router.gate)
 
 
-def shape_layer(router: Router, routing: Routing, signals: Signals) -> dict[str, Any]:
-    """One layer's losses and what they are made of: `proto`, `gate` losses; `sign`, `total` surprise."""
+def shape_layer(router: Router, routing: Routing, signals: Signals, attract: bool = True) -> dict[str, Any]:
+    """One layer's losses and what they are made of: `proto`, `gate` losses; `sign`, `total` surprise, which where prototypes are
+    not to `attract` is that of the modules alone."""
     router = effective(router)
     anchor, count = anchors(routing)
     valid = jnp.maximum(jnp.sum(routing.valid, -1), 1)
@@ -84,7 +85,7 @@ def shape_layer(router: Router, routing: Routing, signals: Signals) -> dict[str,
     sign = stop_gradient(signs(signals.module_param, count > 0, rate))
     match = cosine(router.proto, anchor)
     norm = jnp.linalg.norm(router.proto, axis=-1) + EPS
-    proto_surprise = jnp.abs(sign) * jnp.sqrt(jnp.maximum(1 - match**2, 0)) / norm  # ‖d(sign·cos)/dp‖
+    proto_surprise = attract * jnp.abs(sign) * jnp.sqrt(jnp.maximum(1 - match**2, 0)) / norm  # ‖d(sign·cos)/dp‖
     total = stop_gradient(drln(signals.module_param + proto_surprise))
     if routing.config.cost == "linear":
         x = stop_gradient(routing.input.astype(jnp.float32))
@@ -107,7 +108,8 @@ def msaps(
 
     `attract` prototype loss; `regress` gate loss; `protect` protection, at `temperature` τ0 (smaller protects fewer modules);
     `l2` λ0 of the adaptive decay (0: none); `renew` re-initialises modules whose activation rate, averaged over about 100 steps,
-    is below this (0: never). The state `MetaState.rule` holds each module's activation rate, by layer.
+    is below this while that of another one in the layer is not (0: never). The state `MetaState.rule` holds each module's
+    activation rate, by layer.
     """
 
     def init(params, routings):
@@ -115,9 +117,9 @@ def msaps(
         return replace(meta, rule={name: jnp.full_like(total, BORN) for name, total in meta.records.items()})
 
     def objective(routers, routings, signals, meta):
-        loss, proto, gate, per_layer = jnp.float32(0), jnp.float32(0), jnp.float32(0), {}
+        proto, gate, per_layer = jnp.float32(0), jnp.float32(0), {}
         for name, routing in routings.items():
-            shaped = shape_layer(routers[name], routing, signals[name])
+            shaped = shape_layer(routers[name], routing, signals[name], attract)
             proto, gate = proto + shaped["proto"], gate + shaped["gate"]
             rounds = shaped["sign"].size // routers[name].proto[..., 0].size  # recursions that share the router
             found = {"good_share": shaped["sign"] < 0, "bad_share": shaped["sign"] > 0, "idle_share": shaped["sign"] == 0}
@@ -126,11 +128,8 @@ def msaps(
                 **{share: jnp.mean(which) for share, which in found.items()},
                 "goodness": -pooled(shaped["sign"], routers[name].proto[..., 0]) / rounds,
             }
-        if attract:
-            loss = loss + proto
-        if regress:
-            loss = loss + gate
-        return loss, {"loss_proto": proto, "loss_gate": gate / max(len(routings), 1), "layers": per_layer}
+        parts = ({"loss_proto": proto} if attract else {}) | ({"loss_gate": gate} if regress else {})
+        return jnp.float32(0) + sum(parts.values()), {**parts, "layers": per_layer}
 
     def adjust(grads, params, routings, signals, meta):
         if not l2:
@@ -170,8 +169,7 @@ def msaps(
         dead, rates = {}, {}
         for name, router in routers(params).items():
             rate = meta.rule[name]
-            dead[name] = rate < renew
-            proto = reborn(router.proto, dead[name], jax.random.fold_in(key, len(rates)))
+            proto, dead[name] = reborn(router.proto, rate < renew, jax.random.fold_in(key, len(rates)))
             params = replace_part(params, name, "router", replace(router, proto=proto))
             rates[name] = jnp.where(dead[name], BORN, rate)
         return params, replace(meta, rule=rates), dead
@@ -194,11 +192,13 @@ def _is_matrix(w: Array, router: Router) -> bool:
     return w.ndim >= router.proto.ndim
 
 
-def reborn(proto: Float[Array, "*L M D"], dead: Bool[Array, "*L M"], key: Array) -> Float[Array, "*L M D"]:
-    """Dead prototypes near the centroid of the living ones, at half the spread of these around it; as they are if none lives."""
-    alive = ~dead[..., None]
+def reborn(proto: Float[Array, "*L M D"], silent: Bool[Array, "*L M"], key: Array) -> tuple[Array, Bool[Array, "*L M"]]:
+    """Silent prototypes near the centroid of the living ones, at half the spread of these around it, and which were made anew:
+    none where none lives."""
+    alive = ~silent[..., None]
     count = jnp.maximum(jnp.sum(alive, -2, keepdims=True), 1)
     centroid = jnp.sum(jnp.where(alive, proto, 0), -2, keepdims=True) / count
     spread = jnp.sqrt(jnp.sum(jnp.where(alive, (proto - centroid) ** 2, 0), (-2, -1), keepdims=True) / (count * proto.shape[-1]))
     fresh = centroid + 0.5 * spread * jax.random.normal(key, proto.shape, proto.dtype)
-    return jnp.where(alive | ~jnp.any(alive, -2, keepdims=True), proto, fresh)
+    dead = silent & jnp.any(~silent, -1, keepdims=True)
+    return jnp.where(dead[..., None], fresh, proto), dead

@@ -47,7 +47,8 @@ def _weights(cfg: ModelConfig) -> tuple[int, int]:
         case "dyntrm":
             slots, expert = cfg.heads * cfg.active_heads, mats * d * cfg.expert_hidden
             heads = 2 * d * cfg.head_dim * slots  # queries and outputs
-            other = 2 * d * inner + cfg.shared_experts * expert + d * (cfg.latent_heads + cfg.experts)  # keys, values, routers
+            routers = d * (cfg.latent_heads + cfg.experts) * (2 if cfg.cost == "linear" else 1)  # prototypes, and gates
+            other = 2 * d * inner + cfg.shared_experts * expert + routers  # keys, values
             if all_modules(cfg.latent_heads, slots):  # one plain matmul
                 return cfg.active_experts * expert, other + heads
             return cfg.active_experts * expert + heads, other
