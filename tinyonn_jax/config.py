@@ -281,8 +281,6 @@ class DataConfig:
     """Train under random dihedral transforms and colour permutations."""
     permute_zero: bool = False
     """Let colour permutations move colour 0 as well."""
-    noise: float = 0.0
-    """Share of an answer's cells that are read in random colours in training: teaches to trust the input more than the answer."""
     buckets: tuple[int, ...] = (32, 48, 64, 96, 128, 160, 192, 224)
     """Sequence lengths that are compiled, in tokens, rising."""
     tokens_per_batch: int = 2048
@@ -308,7 +306,6 @@ class DataConfig:
             f"data.tokens_per_batch ({self.tokens_per_batch}) must be at least the longest of data.buckets ({max(self.buckets)})",
         )
         _require(0 <= self.max_grid <= 30, f"data.max_grid must lie between 0 and 30, got {self.max_grid}")
-        _require(0 <= self.noise <= 1, f"data.noise must lie in [0, 1], got {self.noise}")
         _require(self.smallest >= 0, f"data.smallest must not be negative, got {self.smallest}")
         _require(self.sequence == 0 or self.sequence >= 2, f"data.sequence must be 0 or at least 2, got {self.sequence}")
         _require(not (self.sequence and self.holdout), "data.holdout must be false with data.sequence: stages are tested instead")

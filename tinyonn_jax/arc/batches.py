@@ -41,8 +41,6 @@ class Batch:
     """Row of the task embedding; -1 is blank."""
     dihedral: Int[np.ndarray, "B"]
     """0..7."""
-    read: Int[np.ndarray, "B T"] | None = None
-    """What the network reads in place of `tokens`, which it predicts (`data.noise`); None: the same."""
 
 
 class Block(NamedTuple):
@@ -78,7 +76,6 @@ class Dataset:
     training: Layouts
     validation: Layouts
     augment: bool
-    noise: float
     tokens_per_batch: int
     messages: tuple[str, ...]
 
@@ -126,7 +123,7 @@ def build_dataset(sets: TaskSets, cfg: DataConfig, rows: Collection[int] | None 
         raise DataError(f"data.train: nothing to train on{': ' + messages[0] if messages else ''}")
     if sets.validation and not validation.blocks:
         raise DataError(f"data.holdout: nothing to validate on: {messages[-1]}")
-    return Dataset(training, validation, cfg.augment, cfg.noise, cfg.tokens_per_batch, tuple(messages))
+    return Dataset(training, validation, cfg.augment, cfg.tokens_per_batch, tuple(messages))
 
 
 def batch_at(dataset: Dataset, seed: int, step: int, process: tuple[int, int] = (0, 1), multiple: int = 1) -> Batch:
@@ -134,8 +131,7 @@ def batch_at(dataset: Dataset, seed: int, step: int, process: tuple[int, int] = 
 
     An epoch shows every training sequence once, under a fresh dihedral transform and colour permutation, in shuffled batches. A
     batch takes its bucket from its longest sequence and tops up with the next shorter ones; B is how many such
-    sequences `data.tokens_per_batch` holds, from 8 on a multiple of 8, as cores and devices like it. With `data.noise` that
-    share of the answers' cells is read in random colours, drawn anew in every step.
+    sequences `data.tokens_per_batch` holds, from 8 on a multiple of 8, as cores and devices like it.
 
     Args:
         process: (p, P) gives the p-th of P equal contiguous slices of the rows of the same batch.
@@ -146,8 +142,7 @@ def batch_at(dataset: Dataset, seed: int, step: int, process: tuple[int, int] = 
     block = dataset.training.blocks[plan.blocks[index]]
     members = slice(block.first, block.first + block.count)
     rows = _rows(dataset.tokens_per_batch, block.bucket, process, multiple)
-    batch = _gather(dataset.training, plan.order[members], plan.dihedral[members], plan.colours[members], block.bucket, rows)
-    return _noisy(batch, dataset.noise, np.random.default_rng((seed, step, 1)), rows) if dataset.noise else batch
+    return _gather(dataset.training, plan.order[members], plan.dihedral[members], plan.colours[members], block.bucket, rows)
 
 
 def validation_batches(dataset: Dataset, process: tuple[int, int] = (0, 1), multiple: int = 1) -> Iterator[Batch]:
@@ -363,15 +358,6 @@ def _gather(layouts: Layouts, items: np.ndarray, view: np.ndarray, colours: np.n
         task=column(layouts.task[items], -1),
         dihedral=column(view, 0),
     )
-
-
-def _noisy(batch: Batch, share: float, rng: np.random.Generator, rows: slice) -> Batch:
-    """The batch, `rows` of one that all processes draw alike, read with a share of the answers' cells in random colours."""
-    draw = rng.random((rows.stop, batch.tokens.shape[1]))[rows]
-    answer = (np.arange(batch.tokens.shape[1]) >= batch.prefix[:, None]) & (batch.tokens < COLOURS)
-    wrong = answer & (draw < share)
-    colour = np.minimum(COLOURS * (np.where(wrong, draw, 0) / share), COLOURS - 1).astype(np.int32)  # each of them as likely
-    return batch.replace(read=np.where(wrong, colour, batch.tokens))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _trained(t: np.ndarray, prefix: np.ndarray, length: np.ndarray) -> np.ndarray:

@@ -115,7 +115,7 @@ def ranked(
                     bucket = bucket_for(len(encode_query(query, data.format, answer=True).tokens), data.buckets)
                     if bucket is not None:
                         claims.append(_Claim((task.id, test, number), bucket, query))
-    claims.sort(key=lambda claim: claim.bucket)
+    claims.sort(key=lambda claim: -claim.bucket)  # longest first: what is last is done soon
 
     p, processes = process
     mine = claims[p::processes]

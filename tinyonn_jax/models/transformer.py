@@ -311,8 +311,7 @@ def apply(
     t = batch.tokens.shape[1]
     where = attention.context(batch.positions, cfg.head_dim, prefix=batch.prefix, base=cfg.rope_base)
     valid = jnp.arange(t) < batch.length[:, None]
-    read = batch.tokens if batch.read is None else batch.read
-    x = _embed(params, read, batch.task, batch.dihedral, cfg)
+    x = _embed(params, batch.tokens, batch.task, batch.dihedral, cfg)
     x, every, routings, _, depth = _recurse(params, x, cfg, where, valid, taps, isolate=isolate, keep=steps, stop=stop)
     if every is None:
         return Output(_read_out(params, x), None, routings, depth)
