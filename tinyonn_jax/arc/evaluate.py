@@ -39,7 +39,7 @@ def answer_cap(data: DataConfig, tasks: Iterable[Task] = ()) -> int:
     every bucket is longer than any sequence the model was trained on.
     """
     shown = (max(grid.shape) for task in tasks for pair in task.train for grid in (pair.input, pair.output) if grid is not None)
-    side = max(data.max_grid or MAX_SIDE, *shown, 1)
+    side = max([data.max_grid or MAX_SIDE, *shown])
     return min(side * (side + 1) + 1, data.buckets[-1])
 
 
