@@ -330,8 +330,8 @@ td small{display:block;color:var(--muted);white-space:nowrap}abbr{text-decoratio
 .scores td+td b{font-size:20px;white-space:nowrap}.scores td,.scores th{min-width:112px}
 .numbers td+td,.numbers th+th{text-align:right;white-space:nowrap}.numbers{max-width:560px}
 .numbers td:first-child{overflow-wrap:anywhere}
-.config{font-size:13px}.config td,.config th{padding:3px 10px 3px 0}.config td:first-child{color:var(--muted);width:45%}
-.config th{color:var(--ink);font-size:14px}.config td{overflow-wrap:anywhere}
+.config{font-size:13px}.config td,.config th{padding:3px 10px 3px 0}.config th{color:var(--ink);font-size:14px}
+.config td{overflow-wrap:anywhere}.config td:first-child{color:var(--muted);width:45%;overflow-wrap:normal}
 .sections{columns:3 260px;column-gap:36px}.sections>div{break-inside:avoid;margin:0 0 18px}
 mark{background:var(--mark);color:inherit;border-radius:4px;padding:0 5px}
 .scroll{overflow-x:auto}.plot{background:#fff;border-radius:8px}.plot img{display:block;width:100%;min-width:640px;
