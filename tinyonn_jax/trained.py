@@ -197,11 +197,11 @@ def read_task(run: Run, file: Path, name: str = "") -> Task:
         )
     raw = read_json(file)
     if isinstance(raw, dict) and raw and "train" not in raw and "test" not in raw:
-        source = load_source(str(file), "eval", skip_invalid=True)  # others than the one that is asked for
-        try:
-            return _named(name, source.tasks, file)
-        except ConfigError as error:
-            raise ConfigError("; not counting ".join((str(error), *source.messages))) from None
+        source = load_source(str(file), "eval", skip_invalid=True)
+        for fault in source.messages if name else ():
+            if f": task {name}, " in fault or f": task {name}: " in fault:  # those of others do not matter
+                raise ConfigError(fault)
+        return _named(name, source.tasks, file)
     if name not in ("", file.stem):
         raise ConfigError(f"{file} holds one task, {file.stem}: leave out --task {name}")
     return parse_task(file.stem, raw, str(file))
