@@ -36,6 +36,12 @@ def pytest_configure(config: pytest.Config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `-n auto`: one more than there are cores, for tests wait for programs of their own now and then."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs() -> Iterator[None]:
     """What a file's tests compiled goes with them: the programs of all tests together hold gigabytes."""
