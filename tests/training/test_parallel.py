@@ -24,7 +24,7 @@ from tinyonn_jax.training.state import TrainState
 from tinyonn_jax.training.step import gradients
 
 ROWS, LENGTH = 16, 9
-MODEL = tiny.config(dim=16, latent_heads=16, experts=24, expert_hidden=10, depth=1)
+MODEL = tiny.config(dim=16, latent_heads=16, experts=24, expert_hidden=10, recursion_embedding=True)
 CONFIG = Config(
     model=MODEL, learning=LearningConfig(granularity="module"), optim=OptimConfig(matrices="adamw"), train=TrainConfig(steps=6)
 )
@@ -50,7 +50,7 @@ def test_every_gradient_and_signal_is_that_of_one_device(mesh):
     (want, _), (got, _) = step(MeshConfig(1)), step(mesh)
     grads, routings, *rest = got
     dropped = routings[FEEDFORWARD].dropped
-    assert np.shape(dropped) == ((1, ROWS * LENGTH, 2) if mesh == SENDING else ()) and not np.any(dropped)
+    assert np.shape(dropped) == ((MODEL.depth, ROWS * LENGTH, 2) if mesh == SENDING else ()) and not np.any(dropped)
     got = grads, {**routings, FEEDFORWARD: routings[FEEDFORWARD].replace(dropped=None)}, *rest
     shares = [where.pop("dropped", None) for where in (rest[1], rest[1]["layers"][FEEDFORWARD])]
     assert shares == ([0, 0] if mesh == SENDING else [None, None])  # it is known where it can be

@@ -313,10 +313,9 @@ def test_rule_none_leaves_routers_bit_identical_and_backprop_moves_them(name):
     assert ("loss_balance" in metrics) == (name == "backprop")
 
 
-@pytest.mark.parametrize(
-    ("cfg", "rule"), [(tiny.config(recursion_embedding=True), sars()), (tiny.config("dfc", recursed=False), msaps())]
-)
-def test_eight_devices_give_the_gradients_and_signals_of_one(cfg, rule):
+def test_eight_devices_give_the_gradients_and_signals_of_one():
+    """Of stacked blocks of neurons; `test_parallel` has recursed heads and experts."""
+    cfg, rule = tiny.config("dfc", recursed=False), msaps()
     loss_fn = make_loss(Config(model=cfg), rule)
     spec, params = transformer.spec(cfg, tiny.TASKS), tiny.params(cfg)
     batch = tiny.batch(8)
@@ -421,14 +420,15 @@ def test_a_rule_may_measure_what_it_likes_of_each_layer():
 
 def test_metrics_of_the_steps_own_are_not_taken():
     tx = make_optimizer(OPTIM, 10)
+    state = start(none(), tx, network(ALONE), parameters(ALONE))
     for name in ("main_loss", "kl", "layers", "skipped", "pi"):
 
         def named(params, taps, batch, name=name):
-            loss, aux = network()(params, taps, batch)
+            loss, aux = network(ALONE)(params, taps, batch)
             return loss, aux.replace(metrics=aux.metrics | {name: loss})
 
         with pytest.raises(ValueError, match=rf"metrics \['{name}'\].*rename"):
-            jax.eval_shape(make_train_step(named, none(), tx), start(none(), tx), BATCH)
+            jax.eval_shape(make_train_step(named, none(), tx), state, BATCH)
 
 
 def test_a_step_passes_the_search_for_nans():
