@@ -234,7 +234,7 @@ def test_remat_makes_no_decision_twice(isolate):
 KINDS = ["dense", "dyntrm", "dfc", "dfc_hard"]
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", KINDS[1:])  # dense has no taps
 def test_taps_change_nothing(kind):
     cfg = tiny.config(kind)
     params = tiny.params(cfg)

@@ -66,9 +66,9 @@ def parameters(order=("a", "b")):
 ALONE = ("a",)  # one layer, where a second would only be compiled
 
 
-def start(rule, tx, loss_fn=None, params=None):
-    params = parameters() if params is None else params
-    routings = jax.eval_shape(loss_fn or network(isolate=rule.isolate), params, None, BATCH)[1].routings
+def start(rule, tx, order=("a", "b"), params=None):
+    params = parameters(order) if params is None else params
+    routings = jax.eval_shape(network(order, rule.isolate), params, None, BATCH)[1].routings
     return TrainState.create(params, tx, rule.init(params, routings))
 
 
@@ -166,11 +166,11 @@ def moved(before, after):
 def test_protected_prototypes_move_less_under_adamw():
     """AdamW gives back what is taken from a gradient, so it is the update that is held back."""
     tx = make_optimizer(OPTIM, 10)
-    params, loss_fn, went = parameters(ALONE), network(ALONE), {}
+    params, went = parameters(ALONE), {}
     params["a"] = params["a"].replace(router=params["a"].router.replace(gate=jnp.array([0.3, 0.0, 0.1])))
     for protect in (True, False):
         rule = msaps(protect=protect, renew=0.0)
-        state, _ = make_train_step(loss_fn, rule, tx)(start(rule, tx, loss_fn, copy(params)), BATCH)
+        state, _ = make_train_step(network(ALONE), rule, tx)(start(rule, tx, ALONE, copy(params)), BATCH)
         went[protect] = moved(params["a"].router.proto, state.params["a"].router.proto)
     free = 1 - protection(params["a"].router.gate, jnp.float32(0), 0.5)
     assert free[1] == 0 and 0 < free[2] < free[0] < 1
@@ -178,19 +178,19 @@ def test_protected_prototypes_move_less_under_adamw():
     assert (went[False] > 0).all()
 
 
-@pytest.mark.parametrize("matrices", ["adamw", "muon"])
-def test_modules_that_are_not_good_stand_still_whatever_the_momentum(matrices):
+@pytest.mark.parametrize(("matrices", "order"), [("adamw", ("a", "b")), ("muon", ALONE)], ids=["adamw", "muon"])
+def test_modules_that_are_not_good_stand_still_whatever_the_momentum(matrices, order):
     tx = make_optimizer(OptimConfig(matrices=matrices, warmup=0.0, weight_decay=0.0), 100)
     rule, rng = sars(goodness_gate=True), np.random.default_rng(0)
-    loss_fn = network(ALONE)
-    step = make_train_step(loss_fn, rule, tx)
-    state, seen = start(rule, tx, loss_fn, parameters(ALONE)), set()
+    step = make_train_step(network(order), rule, tx)
+    state, seen = start(rule, tx, order), set()
     for _ in range(12):
         before, batch = copy(state.params), BATCH | {"x": jnp.asarray(3 * rng.normal(size=(2, 5, D)), jnp.float32)}
         state, metrics = step(state, batch)
-        went = moved(before["a"].modules.w_in, state.params["a"].modules.w_in) > 0
-        np.testing.assert_array_equal(went, metrics["layers"]["a"]["goodness"] > 0)
-        seen |= {*went.tolist()}
+        for layer in order:
+            went = moved(before[layer].modules.w_in, state.params[layer].modules.w_in) > 0
+            np.testing.assert_array_equal(went, metrics["layers"][layer]["goodness"] > 0)
+            seen |= {*went.tolist()}
     assert seen == {True, False}
 
 
@@ -299,9 +299,8 @@ def test_a_bad_step_changes_nothing_but_the_counts(sars_step, poison):
 def test_rule_none_leaves_routers_bit_identical_and_backprop_moves_them(name):
     rule = {"none": none(), "backprop": backprop(0.1)}[name]
     tx = make_optimizer(OPTIM, 100, frozen_routers=name == "none")
-    loss_fn = network(ALONE, rule.isolate)
-    step = make_train_step(loss_fn, rule, tx)
-    state = start(rule, tx, loss_fn, parameters(ALONE))
+    step = make_train_step(network(ALONE, rule.isolate), rule, tx)
+    state = start(rule, tx, ALONE)
     before = copy(state)
     for _ in range(3):
         state, metrics = step(state, BATCH)
@@ -313,9 +312,10 @@ def test_rule_none_leaves_routers_bit_identical_and_backprop_moves_them(name):
     assert ("loss_balance" in metrics) == (name == "backprop")
 
 
-def test_eight_devices_give_the_gradients_and_signals_of_one():
-    """Of stacked blocks of neurons; `test_parallel` has recursed heads and experts."""
-    cfg, rule = tiny.config("dfc", recursed=False), msaps()
+@pytest.mark.parametrize(
+    ("cfg", "rule"), [(tiny.config(recursion_embedding=True), sars()), (tiny.config("dfc", recursed=False), msaps())]
+)
+def test_eight_devices_give_the_gradients_and_signals_of_one(cfg, rule):
     loss_fn = make_loss(Config(model=cfg), rule)
     spec, params = transformer.spec(cfg, tiny.TASKS), tiny.params(cfg)
     batch = tiny.batch(8)
@@ -397,7 +397,7 @@ def test_an_accuracy_of_nothing_is_left_out_of_the_average():
         loss, aux = loss_fn(params, taps, batch)
         return loss, aux.replace(metrics=aux.metrics | {"main_acc": aux.metrics["main_acc"] + batch["nothing"]})
 
-    step, state = make_train_step(counted, msaps(), tx), start(msaps(), tx, loss_fn, parameters(ALONE))
+    step, state = make_train_step(counted, msaps(), tx), start(msaps(), tx, ALONE)
     for nothing in (0.0, np.nan, 0.0):
         state, metrics = step(state, BATCH | {"nothing": jnp.float32(nothing)})
         assert metrics["ema_acc"] > 0 and metrics["skipped"] == 0
@@ -420,7 +420,7 @@ def test_a_rule_may_measure_what_it_likes_of_each_layer():
 
 def test_metrics_of_the_steps_own_are_not_taken():
     tx = make_optimizer(OPTIM, 10)
-    state = start(none(), tx, network(ALONE), parameters(ALONE))
+    state = start(none(), tx, ALONE)
     for name in ("main_loss", "kl", "layers", "skipped", "pi"):
 
         def named(params, taps, batch, name=name):
@@ -434,4 +434,4 @@ def test_metrics_of_the_steps_own_are_not_taken():
 def test_a_step_passes_the_search_for_nans():
     tx = make_optimizer(OPTIM, 10)
     with jax.debug_nans(True):
-        make_train_step(network(ALONE), sars(), tx)(start(sars(), tx, network(ALONE), parameters(ALONE)), BATCH)
+        make_train_step(network(ALONE), sars(), tx)(start(sars(), tx, ALONE), BATCH)
