@@ -198,9 +198,8 @@ def read_task(run: Run, file: Path, name: str = "") -> Task:
     raw = read_json(file)
     if isinstance(raw, dict) and raw and "train" not in raw and "test" not in raw:
         source = load_source(str(file), "eval", skip_invalid=True)
-        for fault in source.messages if name else ():
-            if f": task {name}, " in fault or f": task {name}: " in fault:  # those of others do not matter
-                raise ConfigError(fault)
+        if name in source.faults:  # those of others do not matter
+            raise ConfigError(source.faults[name])
         return _named(name, source.tasks, file)
     if name not in ("", file.stem):
         raise ConfigError(f"{file} holds one task, {file.stem}: leave out --task {name}")

@@ -38,8 +38,8 @@ def change(path, value):
 
 
 def test_folder(tmp_path):
-    (task,), skipped, messages = load_source(write(tmp_path / "f", a=GOOD), "train")
-    assert (task.id, skipped, messages) == ("a", 0, ())
+    (task,), faults = load_source(write(tmp_path / "f", a=GOOD), "train")
+    assert (task.id, faults) == ("a", {})
     assert [pair.input.tolist() for pair in task.train] == [[[1, 2]], [[4]], [[7]]]
     assert task.train[1].output.tolist() == [[5, 6]] and task.test[0].output.tolist() == [[0]]
     assert task.train[0].input.dtype == np.int8
@@ -85,9 +85,9 @@ def test_bad_task(tmp_path, raw, message):
     line = str(caught.value)
     assert message in line and str(tmp_path / "f" / "bad.json") in line and "--data.skip-invalid" in line
     assert "\n" not in line and len(line) < 400
-    tasks, skipped, messages = load_source(folder, "train", skip_invalid=True)
-    assert [task.id for task in tasks] == ["good"] and skipped == 1
-    assert message in messages[0] and "skip-invalid" not in messages[0]
+    tasks, faults = load_source(folder, "train", skip_invalid=True)
+    assert [task.id for task in tasks] == ["good"] and list(faults) == ["bad"]
+    assert message in faults["bad"] and "skip-invalid" not in faults["bad"]
 
 
 def test_wrong_encoding(tmp_path):

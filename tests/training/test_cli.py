@@ -104,11 +104,15 @@ def test_a_file_of_ones_own_for_a_run_that_takes_it(tmp_path):
     assert trained.read_task(run, tasks / "good.json").id == "good"
     several = tasks / "several_challenges.json"
     good, bad = (json.loads((tasks / name).read_text()) for name in ("good.json", "bad.json"))
-    several.write_text(json.dumps({"a": good, "b": good, "c": bad}))
+    unsolved = "solved in the file beside it, but for no test input"  # too long for a message to show
+    several.write_text(json.dumps({"a": good, "b": good, "c": bad, unsolved: good}))
+    answer = good["test"][0]["output"]
+    (tasks / "several_solutions.json").write_text(json.dumps({"a": [answer], "b": [answer], "c": [answer], unsolved: []}))
     assert trained.read_task(run, several, "b").id == "b"
     for name, says in (
         ("", "has 2 tasks, like a, b: name one with --task"),
         ("c", "^[^;]*several_challenges.json: task c, train pair 1 input, .*: 12 is no colour"),
+        (unsolved, "several_solutions.json: task solved in the .*: must be a list of 1 grids"),
         ("d", "^task d is not in [^;]*$"),
     ):
         with pytest.raises(ConfigError, match=says):

