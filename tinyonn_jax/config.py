@@ -96,6 +96,8 @@ class ModelConfig:
     """Add the embedded input again at every recursion."""
     recursion_embedding: bool = False
     """Add a learned embedding of the recursion to every token, so that the one block can tell them apart (model.recursed)."""
+    short_conv: int = 0
+    """Tokens before it that each token also reads, channel by channel, ahead of attention and of the feed-forward; 0: none."""
     deep_supervision: float = 0.0
     """Weight of the loss at earlier recursions against the last; 0 trains the last one alone."""
     remat: bool = False
@@ -121,7 +123,8 @@ class ModelConfig:
             + ("model.depth 1 has only one" if self.recursed else "stacked blocks (--model.no-recursed) are no recursions"),
         )
         _require(self.rope_base > 0, f"model.rope_base must be positive, got {self.rope_base}")
-        _require(self.shared_experts >= 0, f"model.shared_experts must not be negative, got {self.shared_experts}")
+        for name in ("shared_experts", "short_conv"):
+            _require(getattr(self, name) >= 0, f"model.{name} must not be negative, got {getattr(self, name)}")
         _require(0.0 <= self.deep_supervision <= 1.0, f"model.deep_supervision must lie in [0, 1], got {self.deep_supervision}")
         _require(
             self.deep_supervision == 0 or self.depth > 1,

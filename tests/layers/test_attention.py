@@ -192,7 +192,7 @@ def test_layers_that_share_a_cache_extend_their_own_part(params):
 
 @pytest.mark.parametrize("shape", [(B, T - 1, G * C), (B, T, G, C), (B + 1, T, G * C), (2, B, T, G * C)])
 def test_a_cache_that_does_not_fit_is_refused(params, shape):
-    with pytest.raises(ValueError, match="has no room for keys"):
+    with pytest.raises(ValueError, match="has no room for rows"):
         cached(params, X, attention.Cache(jnp.zeros(shape), jnp.zeros(shape)), POSITIONS, jnp.zeros(B, int), jnp.zeros(B, int))
 
 

@@ -262,11 +262,11 @@ def test_stacked_blocks_with_the_same_weights_are_the_recursed_block(kind):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"kind": "dense", "recursion_embedding": True},
+        {"kind": "dense", "recursion_embedding": True, "short_conv": 2},
         {"kind": "dense", "recursed": False, "inject": False},
         {"recursed": False, "inject": False, "select": "threshold", "cost": "linear"},
         {"shared_experts": 1, "active_heads": 2, "match": "dot"},
-        {"kind": "dfc", "recursed": False},
+        {"kind": "dfc", "recursed": False, "short_conv": 3},
         {"kind": "dfc_hard", "hidden": 0},
     ],
     ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()),
@@ -294,7 +294,9 @@ def test_decoding_token_by_token_is_teacher_forcing(changes):
         np.testing.assert_allclose(logits[:, 0], want[row, at], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{"kind": "dense"}, {"shared_experts": 1}, {"kind": "dfc", "recursed": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"kind": "dense", "short_conv": 2}, {"shared_experts": 1}, {"kind": "dfc", "recursed": False}], ids=str
+)
 def test_causality_by_gradient(changes):
     """Every token of the batch is another one, so that a row of the embedding is a position: logits at t depend on it exactly
     when the position is not after t, or lies in the prefix; and never on another sequence."""

@@ -24,7 +24,7 @@ from tinyonn_jax.training.state import TrainState
 from tinyonn_jax.training.step import gradients
 
 ROWS, LENGTH = 16, 9
-MODEL = tiny.config(dim=16, latent_heads=16, experts=24, expert_hidden=10, recursion_embedding=True)
+MODEL = tiny.config(dim=16, latent_heads=16, experts=24, expert_hidden=10, recursion_embedding=True, short_conv=1)
 CONFIG = Config(
     model=MODEL, learning=LearningConfig(granularity="module"), optim=OptimConfig(matrices="adamw"), train=TrainConfig(steps=6)
 )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tinyonn_jax.layers import slots
 from tinyonn_jax.layers.base import rotary, rotation
 
 
@@ -30,21 +31,14 @@ class Cache:
         Raises:
             ValueError: they fit no slots of this cache.
         """
-        (b, t, g, c), shape = k.shape, self.keys.shape
-        if shape[-3] != b or shape[-2] < t or shape[-1] != g * c or len(shape) != 3 + (self.layer is not None):
-            raise ValueError(f"a cache [B,S,G·C] of {list(shape)} has no room for keys [B,T,G,C] of {list(k.shape)}")
-        return replace(self, keys=self._written(self.keys, k, start), values=self._written(self.values, v, start))
+        keys, values = (slots.written(a, new, start, self.layer) for a, new in ((self.keys, k), (self.values, v)))
+        return replace(self, keys=keys, values=values)
 
     def read(self, head_dim: int) -> tuple[Array, Array]:
         """The keys and values of the layer at hand, `[B,S,G,C]` each."""
-        here = (self.keys, self.values) if self.layer is None else (self.keys[self.layer], self.values[self.layer])
+        here = (slots.of_layer(a, self.layer) for a in (self.keys, self.values))
         k, v = (a.reshape(*a.shape[:2], -1, head_dim) for a in here)
         return k, v
-
-    def _written(self, into: Array, new: Array, start: Array) -> Array:
-        sequence, slot = jnp.arange(new.shape[0])[:, None], start[:, None] + jnp.arange(new.shape[1])
-        at = (sequence, slot) if self.layer is None else (self.layer, sequence, slot)
-        return into.at[at].set(new.reshape(*new.shape[:2], -1).astype(into.dtype), unique_indices=True)
 
 
 @flax.struct.dataclass

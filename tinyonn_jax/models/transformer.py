@@ -1,7 +1,8 @@
 """The network: embed, apply a block `depth` times, read out. One code path; the kind decides the block's parts.
 
     x = token + task + dihedral embeddings;  e0 = x
-    each recursion r:  x += e0 (inject, r > 0) + e_r (recursion embedding);  x += attention(norm(x));  x += feedforward(norm(x))
+    each recursion r:  x += e0 (inject, r > 0) + e_r (recursion embedding)
+                       x += attention(conv(norm(x)));  x += feedforward(conv(norm(x)))     (conv: short convolution, if wanted)
     logits = norm(x) · head
 
 Recursed (DynTRM): one set of parameters, scanned R times, one Routing per recursion. Stacked: the same scan over parameters
@@ -21,7 +22,20 @@ from jaxtyping import Array, Bool, Float, Int
 from tinyonn_jax.arc.augment import DIHEDRALS
 from tinyonn_jax.arc.tokens import VOCAB
 from tinyonn_jax.config import ModelConfig
-from tinyonn_jax.layers import attention, deferred, dynmoe, dynsiha, dynsiha_plus, experts, grouped, layout, linear, mha, moie
+from tinyonn_jax.layers import (
+    attention,
+    deferred,
+    dynmoe,
+    dynsiha,
+    dynsiha_plus,
+    experts,
+    grouped,
+    layout,
+    linear,
+    mha,
+    moie,
+    short_conv,
+)
 from tinyonn_jax.layers.base import Param, entropy, normal, ones, rms_norm, stack
 from tinyonn_jax.layers.routing import Router, RouterConfig, Routing, effective, stream_spec
 from tinyonn_jax.layers.tap import Taps
@@ -32,11 +46,13 @@ ATTENTION, FEEDFORWARD = "block.attention", "block.feedforward"
 
 @flax.struct.dataclass
 class Block:
-    """One block: pre-norm attention and feed-forward, each with the parts of its kind."""
+    """One block: pre-norm attention and feed-forward, each with the parts of its kind; short convolutions `[K,D]` or None."""
 
     norm_attention: Any
+    conv_attention: Any
     attention: Any
     norm_feedforward: Any
+    conv_feedforward: Any
     feedforward: Any
 
 
@@ -52,6 +68,20 @@ class Params:
     block: Block
     norm: Any
     head: Any
+
+
+@flax.struct.dataclass
+class Cache:
+    """What earlier tokens left in every recursion or layer: keys and values, and what short convolutions read, or None."""
+
+    conv_attention: Any
+    attention: Any
+    conv_feedforward: Any
+
+    def of(self, layer: Int[Array, ""] | None) -> "Cache":
+        """That of one recursion or layer (None: of all of them again)."""
+        kinds = attention.Cache, short_conv.Cache
+        return jax.tree.map(lambda part: replace(part, layer=layer), self, is_leaf=lambda part: isinstance(part, kinds))
 
 
 @flax.struct.dataclass
@@ -115,7 +145,8 @@ def spec(cfg: ModelConfig, tasks: int) -> Params:
     """The parameters of the whole network for `tasks` tasks, as `Param`s."""
     attend, feed = _parts(cfg)
     norm = Param((cfg.dim,), ("embed",), ones)
-    block = Block(norm, attend, norm, feed)
+    conv = short_conv.spec(cfg.dim, cfg.short_conv) if cfg.short_conv else None
+    block = Block(norm, conv, attend, norm, conv, feed)
     if not cfg.recursed:
         block = stack(block, cfg.depth)
         if cfg.neurons and cfg.prc:
@@ -148,15 +179,17 @@ def _block(
     where: attention.Context,
     valid: Bool[Array, "B T"] | None,
     taps: Taps | None,
-    cache: attention.Cache | None,
+    cache: Cache | None,
 ):
     """One application of the block: the new x, the routings, the new cache."""
     h = rms_norm(x, block.norm_attention)
-    h, heads, cache = _attend(block.attention, h, cfg, isolate, where, valid, _part_of(taps, ATTENTION), cache)
+    h, near = _convolve(block.conv_attention, h, where, cache and cache.conv_attention)
+    h, heads, seen = _attend(block.attention, h, cfg, isolate, where, valid, _part_of(taps, ATTENTION), cache and cache.attention)
     x = x + h
     h = rms_norm(x, block.norm_feedforward)
+    h, near_feed = _convolve(block.conv_feedforward, h, where, cache and cache.conv_feedforward)
     h, feed = _feed(block.feedforward, h, cfg, isolate, valid, _part_of(taps, FEEDFORWARD))
-    return x + h, _named(ATTENTION, heads) | _named(FEEDFORWARD, feed), cache
+    return x + h, _named(ATTENTION, heads) | _named(FEEDFORWARD, feed), cache and Cache(near, seen, near_feed)
 
 
 def _named(layer: str, routings: dict[str, Routing]) -> dict[str, Routing]:
@@ -167,6 +200,10 @@ def _named(layer: str, routings: dict[str, Routing]) -> dict[str, Routing]:
 def _part_of(taps: Taps | None, layer: str) -> Any:
     """The taps of one layer, by role."""
     return {name.removeprefix(layer).lstrip("."): tap for name, tap in (taps or {}).items() if name.startswith(layer)}
+
+
+def _convolve(w: Array | None, x: Array, where: attention.Context, cache: short_conv.Cache | None):
+    return (x, None) if w is None else short_conv.apply(layout.whole(w), x, where.start, cache)
 
 
 def _attend(params: Any, x: Array, cfg: ModelConfig, isolate: bool, where, valid, tap, cache):
@@ -271,14 +308,14 @@ def _recurse(
         y = x + jnp.where(index > 0, e0, 0) if cfg.inject else x
         y = y if own is None else y + own
         block = _attach(shared, port) if block is None else block
-        y, routings, cache = run(block, y, taps=tap, cache=cache and replace(cache, layer=index))
+        y, routings, cache = run(block, y, taps=tap, cache=cache and cache.of(index))
         if stop:
             running = depth == index  # has not stopped before
             x = jnp.where(running[..., None], y, x)
             depth = depth + (running & (entropy(_read_out(params, x)) >= stop))
         else:
             x, depth = y, depth + 1
-        return (x, depth, cache and replace(cache, layer=None)), (x if keep else None, routings)
+        return (x, depth, cache and cache.of(None)), (x if keep else None, routings)
 
     blocks = None if cfg.recursed else refined(params.block)
     shared, ports = (params.block, {}) if cache is not None else _defer(params.block, x, cfg, taps)
@@ -319,15 +356,21 @@ def apply(
     return Output(logits[-1], logits, routings, depth)
 
 
-def init_cache(cfg: ModelConfig, batch: int, length: int) -> attention.Cache:
-    """An empty cache for `batch` sequences of up to `length` tokens: `[R, B, length, G·C]`."""
-    shape = (cfg.depth, batch, length, cfg.heads * cfg.head_dim)
-    return attention.Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
+def init_cache(cfg: ModelConfig, batch: int, length: int) -> Cache:
+    """An empty cache for `batch` sequences of up to `length` tokens: keys and values `[R, B, length, G·C]`; with short
+    convolutions also what each of the two reads, `[R, B, length, D]`."""
+
+    def empty(width: int) -> Array:
+        return jnp.zeros((cfg.depth, batch, length, width), cfg.dtype)
+
+    inner = cfg.heads * cfg.head_dim
+    near, near_feed = (short_conv.Cache(empty(cfg.dim)) if cfg.short_conv else None for _ in range(2))
+    return Cache(near, attention.Cache(empty(inner), empty(inner)), near_feed)
 
 
 def decode(
     params: Params,
-    cache: attention.Cache,
+    cache: Cache,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T 3"],
     start: Int[Array, " B"],
@@ -336,7 +379,7 @@ def decode(
     dihedral: Int[Array, " B"],
     cfg: ModelConfig,
     stop: float = 0.0,
-) -> tuple[Float[Array, "B T V"], attention.Cache]:
+) -> tuple[Float[Array, "B T V"], Cache]:
     """Next-token logits of T tokens that follow those in the cache, at slots start…start+T-1.
 
     A prompt goes in at once with start 0 and prefix its length; each later token alone. Every recursion has keys and values of

@@ -1,0 +1,68 @@
+"""The short convolution against a loop over tokens and taps, and decoded in pieces."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.layers.naive import CLOSE
+from tinyonn_jax.layers import base, short_conv
+
+B, T, D, K = 2, 6, 4, 3
+RNG = np.random.default_rng(0)
+W, X = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((K, D), (B, T, D)))
+START = jnp.zeros(B, jnp.int32)
+
+
+def naive(w, x):
+    """In float64."""
+    w, x = (np.asarray(a, np.float64) for a in (w, x))
+    y = x.copy()
+    for b in range(len(x)):
+        for t in range(len(x[b])):
+            for k in range(1, len(w) + 1):
+                if t >= k:
+                    y[b, t] += w[k - 1] * x[b, t - k]
+    return y
+
+
+@pytest.mark.parametrize("taps", [1, 3, 8])
+def test_every_token_also_reads_those_before_it(taps):
+    """Also where there are more taps than tokens."""
+    w = jnp.asarray(RNG.normal(size=(taps, D)), jnp.float32)
+    y, cache = short_conv.apply(w, X, START)
+    np.testing.assert_allclose(y, naive(w, X), **CLOSE)
+    assert cache is None
+
+
+def test_it_starts_as_the_identity_and_learns_at_once():
+    w = base.init(jax.random.key(0), short_conv.spec(D, K))
+    assert w.shape == (K, D)
+    np.testing.assert_array_equal(short_conv.apply(w, X, START)[0], X)
+    gradient = jax.grad(lambda w: jnp.sum(short_conv.apply(w, X, START)[0] ** 2))(w)
+    assert np.all(np.abs(gradient) > 0)
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_in_pieces_it_reads_what_went_before(layer):
+    """Row 1 starts a slot later than row 0, whose first slot holds another token before; slots not written yet do not matter."""
+    start = jnp.array([1, 2])
+    earlier = jnp.asarray(RNG.normal(size=(B, 2, D)), jnp.float32)
+    shape = (B, T + 3, D) if layer is None else (3, B, T + 3, D)
+    filled = jnp.full(shape, 7.0)
+    filled = filled.at[..., :2, :].set(earlier)
+    cache = short_conv.Cache(filled, None if layer is None else jnp.int32(layer))
+    want = [naive(W, np.concatenate([earlier[b, : start[b]], X[b]])[None])[0, start[b] :] for b in range(B)]
+    found = []
+    for first, last in ((0, 1), (1, 4), (4, T)):
+        y, cache = short_conv.apply(W, X[:, first:last], start + first, cache)
+        found.append(y)
+    np.testing.assert_allclose(jnp.concatenate(found, 1), want, **CLOSE)
+    if layer is not None:
+        np.testing.assert_array_equal(cache.inputs[0], filled[0])
+
+
+def test_a_cache_that_does_not_fit_is_refused():
+    for shape in ((B, T - 1, D), (B + 1, T, D), (B, T, D + 1), (2, B, T, D)):
+        with pytest.raises(ValueError, match="has no room for rows"):
+            short_conv.apply(W, X, START, short_conv.Cache(jnp.zeros(shape)))

@@ -1,0 +1,49 @@
+"""A short causal convolution: every token also reads the K tokens before it, channel by channel, whatever they hold.
+
+    y_t = x_t + Σ_{k=1…K} w_k ∘ x_{t-k}         (nothing stands before the first token)
+
+Neighbours need no attention to be found; that is left to find what lies further away. It starts as the identity.
+Letters: B batch, T tokens, S slots, D model, K taps. Source: Canon layers (Allen-Zhu, 2025, "Physics of Language Models", 4.1).
+"""
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tinyonn_jax.layers import slots
+from tinyonn_jax.layers.base import Param, zeros
+
+
+@flax.struct.dataclass
+class Cache:
+    """What the convolution read so far, `[B,S,D]`; of R layers or recursions `[R,B,S,D]`, of which a call is number `layer`."""
+
+    inputs: Array
+    layer: Int[Array, ""] | None = None
+
+
+def spec(dim: int, taps: int) -> Param:
+    """`w [K,D]`, zero."""
+    return Param((taps, dim), (None, "embed"), zeros)
+
+
+def apply(
+    w: Float[Array, "K D"], x: Float[Array, "B T D"], start: Int[Array, " B"], cache: Cache | None = None
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """The convolution of x, and the cache with x in it (None without one): there x stands at slots start…start+T-1, and reads
+    those before it.
+
+    Raises:
+        ValueError: the cache has no room for x.
+    """
+    (b, t, _), taps = x.shape, len(w)
+    w = w.astype(x.dtype)
+    if cache is None:
+        past = jnp.pad(x, ((0, 0), (taps, 0), (0, 0)))  # once: a CPU takes twice as long to pad for each tap
+        return x + sum(tap * past[:, taps - k : taps - k + t] for k, tap in enumerate(w, 1)), None
+    cache = Cache(slots.written(cache.inputs, x, start, cache.layer), cache.layer)
+    past = slots.of_layer(cache.inputs, cache.layer).astype(x.dtype)
+    sequence, own = jnp.arange(b)[:, None], start[:, None] + jnp.arange(t)
+    for k, tap in enumerate(w, 1):
+        x = x + tap * jnp.where((own >= k)[..., None], past[sequence, jnp.maximum(own - k, 0)], 0)
+    return x, cache
