@@ -33,9 +33,8 @@ def test_layer_names_and_latest():
     assert latest(ROWS) == {"step": 40, "loss": 1}
 
 
-def test_training_seconds_add_up_over_restarts():
-    rows = [{"step": i, "seconds": s} for i, s in enumerate([10.0, 20.0, 5.0, 15.0, 3.0])]
-    assert training_seconds(rows) == 20 + 15 + 3
+def test_training_seconds_are_those_of_the_last_row_that_has_any():
+    assert training_seconds([{"step": 1, "seconds": 10.0}, {"step": 2, "seconds": 25.5}, {"step": 3}]) == 25.5
     assert training_seconds([]) == 0
 
 

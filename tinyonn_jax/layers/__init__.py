@@ -1,1 +1,1 @@
-"""What is computed: each file holds a params struct, its `spec` and its `apply`."""
+"""What is computed: layers, as a params struct with `spec` and `apply`, and what they share."""

@@ -95,7 +95,7 @@ def routed(f: Module, params: Any, x: Float[Array, "N D"], routing: Routing, tap
     `params` has a leading module axis M on every leaf. What `f` closes over must be constant: a traced value, such as a key that
     a scan hands out, goes in as one of `params`. A module sees its own tokens only, in some batch of some size: what it gives for
     a token must not depend on its place there, as dropout drawn for the whole batch does. The backward rule is the explicit
-    per-module vjp. Per-token parameter norms come from one vjp per token and module, taken one token at a time: exact, and slow
+    per-module vjp. Per-token parameter norms come from one vjp per token and module, taken 64 tokens at a time: exact, and slow
     for large modules.
 
     Raises:

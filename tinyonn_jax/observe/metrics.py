@@ -51,10 +51,9 @@ def latest(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def training_seconds(rows: Sequence[Row]) -> float:
-    """Seconds spent over all the processes of a run: `seconds` starts again whenever it was resumed."""
+    """Seconds of training so far, over all starts of the run; 0 before the first row."""
     _, seconds = column(rows, "seconds")
-    ends = np.flatnonzero(np.diff(seconds, append=-np.inf) < 0)
-    return float(seconds[ends].sum())
+    return float(seconds[-1]) if len(seconds) else 0.0
 
 
 def percent(share: float | None) -> str:
