@@ -50,17 +50,19 @@ def test_a_router_refuses_what_it_cannot_do():
 
 
 @pytest.mark.parametrize(
-    ("select", "weight", "graded"),
+    ("select", "weight", "active", "graded"),
     [
-        ("top_k", "softmax", True),
-        ("top_k", "hard", False),
-        ("relu", "hard", True),
-        ("threshold", "hard", True),  # always a softmax
-        ("hard", "softmax", False),  # always one
+        ("top_k", "softmax", 2, True),
+        ("top_k", "softmax", 1, False),  # over one alone it is one
+        ("top_k", "relu", 1, True),
+        ("top_k", "hard", 2, False),
+        ("relu", "hard", 2, True),
+        ("threshold", "hard", 2, True),  # always a softmax
+        ("hard", "softmax", 2, False),  # always one
     ],
 )
-def test_backprop_needs_weights_that_follow_their_logits(select, weight, graded):
-    model, rule = ModelConfig(select=select, weight=weight), LearningConfig(rule="backprop")
+def test_backprop_needs_weights_that_follow_their_logits(select, weight, active, graded):
+    model, rule = ModelConfig(select=select, weight=weight, active_experts=active), LearningConfig(rule="backprop")
     if graded:
         Config(model=model, learning=rule)
     else:

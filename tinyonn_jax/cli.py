@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -236,6 +237,8 @@ def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if distributed:
         count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        if index == "0":
+            _require_free(os.environ.get("JAX_COORDINATOR_ADDRESS", ""))
         try:
             jax.distributed.initialize(
                 num_processes=int(count) if count else None,
@@ -246,10 +249,30 @@ def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
             raise ConfigError(f"--distributed: {str(error).rstrip('.')}; it needs one of: {_ONE_OF_MANY}") from None
 
 
+def _require_free(address: str) -> None:
+    """Raises ConfigError if something listens at the port of `address`: the first process serves it, and would crash."""
+    port = address.rpartition(":")[2]
+    try:
+        with socket.socket() as probe:
+            probe.bind(("", int(port)))
+    except ValueError:  # for JAX to say
+        pass
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            remedy = "wait for the run that has it, or choose another in every process"
+            raise ConfigError(f"--distributed: port {port} of JAX_COORDINATOR_ADDRESS is taken; {remedy}") from None
+
+
 def again() -> str:
     """The command that started this process, to be typed again."""
     python = "python" if shutil.which("python") == sys.executable else sys.executable
     return shlex.join([python, *sys.argv])
+
+
+_ROOM = (
+    "lower --data.tokens-per-batch, set --model.remat, or make the model smaller; for evaluate lower --batch, or with "
+    "--decode search raise --min-probability"
+)
 
 
 def guard(main: Callable[[], None]) -> int:
@@ -266,8 +289,7 @@ def guard(main: Callable[[], None]) -> int:
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition("\n")[0]
         if "RESOURCE_EXHAUSTED" in reason:
-            remedy = "lower --data.tokens-per-batch, set --model.remat, or make the model smaller; for evaluate lower --batch"
-            return _fail(f"{reason}; {remedy}", 1)
+            return _fail(f"{reason}; {_ROOM}", 1)
         if jax.process_count() == 1:
             raise
         return _fail(
@@ -275,6 +297,8 @@ def guard(main: Callable[[], None]) -> int:
             "as are left",
             1,
         )
+    except MemoryError as error:
+        return _fail(f"out of memory ({error}); {_ROOM}", 1)
     except BrokenPipeError:  # whoever read the output, say `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

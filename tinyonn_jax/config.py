@@ -152,8 +152,10 @@ class ModelConfig:
 
     @property
     def graded(self) -> bool:
-        """Whether weights of selected modules follow their logits (dyntrm)."""
-        return self.select in ("relu", "threshold") or (self.select == "top_k" and self.weight != "hard")
+        """Whether weights of selected modules follow their logits (dyntrm), somewhere: a softmax over one alone is always one."""
+        chosen = max(self.active_heads, self.active_experts)
+        weighted = self.weight == "relu" or (self.weight == "softmax" and chosen > 1)
+        return self.select in ("relu", "threshold") or (self.select == "top_k" and weighted)
 
     @property
     def neurons(self) -> bool:
@@ -325,7 +327,7 @@ class TrainConfig:
     log_every: int = 20
     """Steps between lines in metrics.jsonl."""
     validate_every: int = 0
-    """Steps between validations on held-out demonstrations (data.holdout); 0 validates at the end only."""
+    """Steps between validations on held-out demonstrations (data.holdout), 0: at the end only. In stages: after each."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     keep: int = 2
@@ -423,7 +425,8 @@ class Config:
             + (
                 "and neurons of kind dfc_hard are on or off: take model.kind dfc, or another rule"
                 if self.model.kind == "dfc_hard"
-                else "set model.select to top_k with model.weight softmax or relu, or to relu or threshold"
+                else "set model.select to top_k with model.weight relu, or softmax and more than one active expert or head, or "
+                "to relu or threshold"
             ),
         )
         if self.mesh.expert > 1:
@@ -437,6 +440,10 @@ class Config:
         _require(
             not self.data.sequence or self.train.steps % self.data.sequence == 0,
             f"train.steps ({self.train.steps}) must be a multiple of data.sequence ({self.data.sequence})",
+        )
+        _require(
+            not self.eval.blank_task or self.model.task_embedding,
+            "eval.blank_task blanks the task embedding, and a network with model.task_embedding false has none: leave it out",
         )
         _require(
             self.eval.entropy_stop == 0 or self.model.recursed,

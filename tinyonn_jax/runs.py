@@ -122,6 +122,7 @@ def begin(folder: Path, config: Config, preset: str, command: str = "") -> Run:
         origin = {"preset": preset, "command": command, "tinyonn_jax": __version__, "python": platform.python_version()}
         origin |= {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
         if jax.process_index() == 0:
+            (folder / CONFIG).unlink(missing_ok=True)  # a folder that has one has the tasks that belong to it
             write_atomically(folder / ORIGIN, json.dumps(origin, indent=2) + "\n")
             write_atomically(folder / TASKS, tasks_to_json(sets))
             write_atomically(folder / CONFIG, to_json(config))
@@ -290,7 +291,7 @@ def _course(run: Run, process: tuple[int, int], mesh: Mesh) -> _Course:
         return np.split(rows, process[1])[process[0]]
 
     def test_all(measure: assemble.Validation, state: TrainState) -> dict[str, Any]:
-        found = [measure(state, (jax.tree.map(mine, batch),)) for batch in stages.tests]
+        found = [measure(state, (jax.tree.map(mine, batch) for batch in test)) for test in stages.tests]
         return {f"stage_{what}": [each[f"valid_{what}"] for each in found] for what in ("acc", "exact")}
 
     return _Course(stages.batch_at, tuple(m for dataset in stages.datasets for m in dataset.messages), test_all)

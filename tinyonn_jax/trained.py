@@ -5,8 +5,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +16,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tinyonn_jax.arc import submission
+from tinyonn_jax.arc.batches import Batch
 from tinyonn_jax.arc.evaluate import evaluate as answer
 from tinyonn_jax.arc.forced import exact_per_recursion, ranked
+from tinyonn_jax.arc.generate import Decoder
 from tinyonn_jax.arc.tasks import Task, load_source, parse_task, read_json
 from tinyonn_jax.config import ConfigError
 from tinyonn_jax.layers import base
@@ -40,10 +42,22 @@ class Trained:
     params: Any
     step: int
 
+    @cached_property  # a new one would compile anew
+    def _decoder(self) -> Decoder:
+        return assemble.make_decoder(self.run.config, self.mesh)
+
+    @cached_property
+    def _scorer(self) -> Callable[[Batch], Any]:
+        return partial(assemble.make_scorer(self.run.config, self.mesh), self.params)
+
+    @cached_property
+    def _steps(self) -> Callable[[Batch], Any]:
+        return partial(assemble.make_steps(self.run.config, self.mesh), self.params)
+
     def answer(self, tasks: tuple[Task, ...], say: Say | None = None) -> submission.Predictions:
         """Answers every test input of `tasks` as `run.config.eval` says, many processes together; `say` reports progress."""
         return answer(
-            assemble.make_decoder(self.run.config, self.mesh),
+            self._decoder,
             self.params,
             tasks,
             checkpoint=self.step,
@@ -59,8 +73,8 @@ class Trained:
             return predictions
         if say:  # encoding them all takes a while, before the first is scored
             say(f"ranking the {count} candidates with most votes by their likelihood in every view")
-        score = partial(assemble.make_scorer(self.run.config, self.mesh), self.params)
-        return ranked(predictions, score, tasks, multiple=sharding.row_shards(self.mesh), **self._work("scored", say))
+        multiple = sharding.row_shards(self.mesh)
+        return ranked(predictions, self._scorer, tasks, multiple=multiple, **self._work("scored", say))
 
     def _work(self, done: str, say: Say | None) -> dict[str, Any]:
         """What answering and ranking need to know alike; `done` says what happens to sequences."""
@@ -78,8 +92,7 @@ class Trained:
     def per_recursion(self, tasks: tuple[Task, ...]) -> list[float] | None:
         """The share of test outputs that greedy decoding has right after each recursion; None if no output is known."""
         config = self.run.config
-        forward = partial(assemble.make_steps(config, self.mesh), self.params)
-        shares = exact_per_recursion(forward, tasks, self.run.sets.task_ids, config.data, config.eval)
+        shares = exact_per_recursion(self._steps, tasks, self.run.sets.task_ids, config.data, config.eval)
         return None if np.isnan(shares[0]) else shares
 
 
@@ -107,6 +120,8 @@ def _pace(what: str, say: Say) -> Callable[[int, int], None]:
 def load(run: Run, checkpoint: Which, say: Say) -> Trained:
     """The parameters of a run, from one of its checkpoints, on the devices of this process: of many, each has them all.
 
+    A network that learned without augmentation answers the one view that it knows, whatever `run.config.eval` says.
+
     Raises:
         CheckpointError: there is no such checkpoint.
         ConfigError: the devices do not fit the mesh.
@@ -116,14 +131,19 @@ def load(run: Run, checkpoint: Which, say: Say) -> Trained:
     spec = transformer.spec(run.config.model, len(run.sets.tasks))
     like = sharding.abstract(mesh, spec, lambda: base.init(jax.random.key(0), spec))
     params, step = restore_params(run.folder / CHECKPOINTS, like, "ema", checkpoint, say)
+    views = run.config.eval.augmentations
+    if not run.config.data.augment and views > 1:
+        say(f"one view instead of {views}: the network was trained with data.augment false and knows no other")
+        run = replace(run, config=replace(run.config, eval=replace(run.config.eval, augmentations=1)))
     return Trained(run, mesh, jax.jit(transformer.refined)(params), step)  # not again for every token
 
 
 def evaluate(run: Run, checkpoint: Which) -> dict[str, Any] | None:
     """Answers every evaluated test input, writes predictions.json, submission.json and score.json, and returns the score.
 
-    Of many processes each answers its share, on a mesh of its own devices; the first alone writes and says what it does, and the
-    others return None. The score's `speed` counts the sequences of all and the seconds from the first prompt to the last answer,
+    They are written as soon as there are answers, and again when finalists are ranked and recursions measured. Of many
+    processes each answers its share, on a mesh of its own devices; the first alone writes and says what it does, and the others
+    return None. The score's `speed` counts the sequences of all and the seconds from the first prompt to the last answer,
     compilation included.
 
     Raises:
@@ -134,24 +154,29 @@ def evaluate(run: Run, checkpoint: Which) -> dict[str, Any] | None:
         raise ConfigError(f"{run.folder}: cannot be written to, and score.json belongs there; check its permissions")
     say = Progress(0, process=process).line
     trained = load(run, checkpoint, say)
+    run = trained.run
     if processes > 1:
         say(f"{processes} processes share the sequences; progress is that of the first")
     started = time.monotonic()
     predictions = trained.answer(run.sets.evaluation, say)
     seconds = time.monotonic() - started
-    predictions = trained.ranked(predictions, run.sets.evaluation, say)
-    if process:
-        meet("score")
-        return None
-    for line in predictions.too_long:
-        say(line)
-    submission.validate_submission(submission.build_submission(predictions), run.sets.evaluation)
     sequences = predictions.sequences
     speed = {"sequences": sequences, "seconds": seconds, "sequences_per_second": sequences / seconds}
-    facts: dict[str, Any] = {"eval": asdict(run.config.eval), "speed": speed}
-    if run.config.model.recursed:
+
+    def save(**facts: Any) -> dict[str, Any] | None:
+        if process:
+            return None
+        submission.validate_submission(submission.build_submission(predictions), run.sets.evaluation)
+        return submission.save(run.folder, predictions, run.config.train.seed, speed=speed, **facts)
+
+    save(eval=asdict(replace(run.config.eval, finalists=0)))  # what comes next may fail, or be stopped
+    predictions = trained.ranked(predictions, run.sets.evaluation, say)
+    for line in () if process else predictions.too_long:
+        say(line)
+    facts: dict[str, Any] = {"eval": asdict(run.config.eval)}
+    if run.config.model.recursed and not process:
         facts["greedy_per_recursion"] = trained.per_recursion(run.sets.evaluation)
-    score = submission.save(run.folder, predictions, run.config.train.seed, **facts)
+    score = save(**facts)
     meet("score")
     return score
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -63,9 +64,12 @@ def test_every_task_has_one_stage(sets):
 
 def test_a_stage_is_tested_on_the_test_inputs_of_its_own_tasks_in_eight_views(sets):
     stages = build_stages(sets, DATA, 30, seed=0, multiple=16)
+    assert len({batch.tokens.shape for test in stages.tests for batch in test}) == 1, "one program"
     for dataset, test in zip(stages.datasets, stages.tests, strict=True):
+        assert all(len(batch.task) % 16 == 0 for batch in test)
+        test = jax.tree.map(lambda *parts: np.concatenate(parts), *test)
         real = test.length > 0
-        assert set(test.task[real].tolist()) == learned(dataset) and len(test.task) % 16 == 0
+        assert set(test.task[real].tolist()) == learned(dataset)
         names = {sets.task_ids[row] for row in learned(dataset)}
         assert real.sum() == DIHEDRALS * sum(len(task.test) for task in sets.evaluation if task.id in names)
         trained = {

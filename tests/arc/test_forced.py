@@ -116,6 +116,7 @@ def test_exact_per_recursion_scores_the_known_test_outputs():
     assert sum(int((batch.length > 0).sum()) for batch in batches) == 5
     assert {int(t) for batch in batches for t in batch.task[batch.length > 0]} == {0, 1, 2, -1}
     assert np.isnan(exact_per_recursion(forward, [hidden], IDS, DATA, EVAL)[0])
+    assert exact_per_recursion(forward, [large], IDS, DataConfig(buckets=(13, 16)), EVAL) == [0], "known, and none fits"
 
 
 # --- finalists ------------------------------------------------------------------------------------------------------------
@@ -153,12 +154,19 @@ def test_finalists_are_ordered_by_their_mean_score_over_all_views():
     assert found.candidates[3] == told.tasks["k"][0].candidates[3]  # no finalist: as it was, and behind them
 
 
-def test_equals_keep_the_order_of_the_vote_and_what_fits_no_bucket_comes_after_the_others():
+def test_equals_keep_the_order_of_the_vote_also_those_that_fit_no_bucket():
     long = candidate(9, *[[1, 1, 1]] * 3)
     told = voted("k", long, candidate(4, [6]), candidate(3, [7]), candidate(2, [5]))
     (found,) = ranked(told, opinion, [KNOWN], ("k",), DataConfig(max_grid=3, buckets=(8, 12)), EvalConfig(finalists=8)).tasks["k"]
-    assert [c.votes for c in found.candidates] == [2, 4, 3, 9]
-    assert found.candidates[-1] == long and found.candidates[-1].likelihood is None
+    assert [c.votes for c in found.candidates] == [2, 9, 4, 3]
+
+
+def test_a_likelihood_that_is_not_finite_is_none_and_comes_last():
+    told = voted("k", candidate(9, [5, 5]), candidate(4, [6]))
+    (found,) = ranked(
+        told, lambda batch: jnp.where(opinion(batch) > 0, jnp.nan, opinion(batch)), [KNOWN], ("k",), WIDE, EvalConfig(finalists=2)
+    ).tasks["k"]
+    assert [c.votes for c in found.candidates] == [4, 9] and found.candidates[-1].likelihood is None
 
 
 def test_processes_share_the_scoring():

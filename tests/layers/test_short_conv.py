@@ -43,6 +43,13 @@ def test_it_starts_as_the_identity_and_learns_at_once():
     assert np.all(np.abs(gradient) > 0)
 
 
+def test_its_gradient_is_summed_in_the_precision_of_its_parameters():
+    """In bfloat16 a sum of 16,384 ones would stay at 256."""
+    x = jnp.ones((16, 1024, 1), jnp.bfloat16)
+    sums = jax.jit(jax.grad(lambda w: jnp.sum(short_conv.apply(w, x, jnp.zeros(16, int))[0].astype(jnp.float32))))
+    np.testing.assert_array_equal(sums(jnp.zeros((2, 1)))[:, 0], [16 * 1023, 16 * 1022])
+
+
 @pytest.mark.parametrize("layer", [None, 1])
 def test_in_pieces_it_reads_what_went_before(layer):
     """Rows that start after one and after two tokens; slots not written yet do not matter, other layers' stay as they are."""

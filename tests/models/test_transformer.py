@@ -267,7 +267,7 @@ def test_stacked_blocks_with_the_same_weights_are_the_recursed_block(kind):
         {"recursed": False, "inject": False, "select": "threshold", "cost": "linear"},
         {"shared_experts": 1, "active_heads": 2, "match": "dot"},
         {"kind": "dfc", "recursed": False, "short_conv": 3},
-        {"kind": "dfc_hard", "hidden": 0},
+        {"kind": "dfc_hard", "hidden": 0, "short_conv": 1},
     ],
     ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()),
 )
@@ -292,6 +292,34 @@ def test_decoding_token_by_token_is_teacher_forcing(changes):
         at = batch.prefix + i
         logits, cache = step(params, cache, batch.tokens[row, at][:, None], batch.positions[row, at][:, None], at, *say)
         np.testing.assert_allclose(logits[:, 0], want[row, at], rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_that_are_sums_over_all_tokens_are_taken_in_float32():
+    """Of 16,384 tokens in bfloat16: partial sums of that type would lose most of them."""
+    rows, length = 256, 64
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 10, (rows, length)))
+    batch = jax.tree.map(lambda x: jnp.resize(x, (rows, *x.shape[1:])), tiny.batch()).replace(
+        tokens=tokens,
+        positions=jnp.stack(jnp.broadcast_arrays(*np.divmod(np.arange(length), 8), 1), -1) * jnp.ones((rows, 1, 1), int),
+        prefix=jnp.full(rows, 20),
+        length=jnp.full(rows, length),
+    )
+    small = {"kind": "dense", "hidden": 16, "recursion_embedding": True, "short_conv": 1}
+
+    def found(dtype):
+        cfg = tiny.config(**small, dtype=dtype)
+
+        @jax.jit
+        @jax.grad
+        def gradient(params):
+            logits = transformer.apply(params, batch, cfg).logits
+            return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1))
+
+        params = gradient(tiny.params(cfg))
+        return params.recursion, params.block.conv_attention, params.block.conv_feedforward
+
+    for got, want in zip(found("bfloat16"), found("float32"), strict=True):
+        assert float(jnp.linalg.norm(got - want)) < 0.015 * float(jnp.linalg.norm(want))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """The command line: what it takes, what it says of itself, and every mistake answered with one line."""
 
+import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +33,22 @@ def test_what_failed_before_anything_was_saved_may_be_started_otherwise(tmp_path
         assert here(monkeypatch, "train", "--preset", "smoke", "--workdir", tmp_path, *args) == 2
         assert "data.buckets" in capsys.readouterr().err
         assert from_json((tmp_path / "config.json").read_text()).model.experts == experts
+
+
+def test_a_start_that_is_cut_off_leaves_no_configuration_beside_the_tasks_of_another(tmp_path, monkeypatch, capsys):
+    args = ("train", "--preset", "smoke", "--workdir", tmp_path, "--data.buckets", "2", "--mesh.data", "1")
+    assert here(monkeypatch, *args) == 2  # begun, and nothing fits
+    write = runs.write_atomically
+
+    def full(path, text):
+        if path.name == "config.json":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, text)
+
+    monkeypatch.setattr(runs, "write_atomically", full)
+    assert here(monkeypatch, *args, "--data.smallest", "3") == 1
+    assert "free some space" in capsys.readouterr().err
+    assert (tmp_path / "tasks.json").exists() and not (tmp_path / "config.json").exists()
 
 
 def bad_tasks(folder: Path) -> Path:
@@ -79,6 +97,15 @@ def test_processes_that_cannot_be_joined_are_one_line(tmp_path, monkeypatch, cap
     assert here(monkeypatch, "train", "--preset", "smoke", "--workdir", tmp_path / "new", "--distributed") == 2
     err = capsys.readouterr().err
     assert "--distributed: " in err and "JAX_COORDINATOR_ADDRESS" in err and err.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path, monkeypatch, capsys):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        for name, value in (("COORDINATOR_ADDRESS", f"localhost:{port}"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "0")):
+            monkeypatch.setenv(f"JAX_{name}", value)
+        assert here(monkeypatch, "train", "--preset", "smoke", "--workdir", tmp_path / "new", "--distributed") == 2
+    assert f"port {port} of JAX_COORDINATOR_ADDRESS is taken" in capsys.readouterr().err
 
 
 def test_invalid_tasks_stop_the_start_or_are_skipped(tmp_path, monkeypatch, capsys):

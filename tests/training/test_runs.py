@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.training.commands import ROOT, command, here
-from tinyonn_jax import runs
+from tinyonn_jax import runs, trained
 from tinyonn_jax.stored import from_json
 from tinyonn_jax.training.checkpoint import steps
 
@@ -260,6 +260,19 @@ def test_of_a_single_view_a_finalist_is_as_likely_as_it_was_decoded(copy):
     assert found and [c["likelihood"] for c in found] == pytest.approx([c["logprob"] for c in found], abs=1e-4)
     assert f"scored {len(found)} of {len(found)} sequences" in done.stdout
     assert json.loads((copy / "score.json").read_text())["eval"]["finalists"] == 2
+
+
+def test_answers_are_kept_when_what_follows_fails_and_views_that_were_not_learned_are_not_asked(copy, monkeypatch, capsys):
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["augment"] = False
+    (copy / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(trained.Trained, "per_recursion", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        here(monkeypatch, "evaluate", "--workdir", copy, "--finalists", "2")
+    assert "one view instead of 4" in capsys.readouterr().out
+    score = json.loads((copy / "score.json").read_text())
+    assert score["eval"]["augmentations"] == score["augmentations"] == 1 and score["eval"]["finalists"] == 0
+    assert (copy / "submission.json").exists() and (copy / "predictions.json").exists()
 
 
 def test_mistakes_about_a_run_that_is_there(copy, monkeypatch, capsys):

@@ -303,7 +303,7 @@ def _lay_out(fit: list[tuple[int, int, list[Encoded]]], free: list[np.ndarray], 
     blocks, first = [], 0
     while first < len(fit):
         bucket = fit[first][0]
-        count = min(_batch_size(tokens_per_batch, bucket), len(fit) - first)
+        count = min(batch_size(tokens_per_batch, bucket), len(fit) - first)
         blocks.append(Block(bucket, first, count))
         first += count
     return Layouts(
@@ -318,7 +318,12 @@ def _lay_out(fit: list[tuple[int, int, list[Encoded]]], free: list[np.ndarray], 
     )
 
 
-def _batch_size(tokens_per_batch: int, bucket: int) -> int:
+def round_up(size: int, multiple: int) -> int:
+    """The least multiple that is not below `size`."""
+    return -(-size // multiple) * multiple
+
+
+def batch_size(tokens_per_batch: int, bucket: int) -> int:
     """Sequences in one batch: from 8 on a multiple of 8."""
     size = tokens_per_batch // bucket
     return size - size % 8 if size >= 8 else size
@@ -327,7 +332,7 @@ def _batch_size(tokens_per_batch: int, bucket: int) -> int:
 def _rows(tokens_per_batch: int, bucket: int, process: tuple[int, int], multiple: int) -> slice:
     """This process's rows of a batch whose B is rounded up to divide evenly."""
     p, count = process
-    share = -(-_batch_size(tokens_per_batch, bucket) // lcm(count, multiple)) * lcm(count, multiple) // count
+    share = round_up(batch_size(tokens_per_batch, bucket), lcm(count, multiple)) // count
     return slice(p * share, (p + 1) * share)
 
 

@@ -15,7 +15,18 @@ import numpy as np
 from jaxtyping import Float
 
 from tinyonn_jax.arc.augment import DIHEDRALS, Augmentation
-from tinyonn_jax.arc.batches import Batch, Dataset, Query, answered, batch_at, bucket_for, build_dataset, encode_query
+from tinyonn_jax.arc.batches import (
+    Batch,
+    Dataset,
+    Query,
+    answered,
+    batch_at,
+    batch_size,
+    bucket_for,
+    build_dataset,
+    encode_query,
+    round_up,
+)
 from tinyonn_jax.arc.tasks import DataError, TaskSets
 from tinyonn_jax.config import DataConfig
 
@@ -27,7 +38,7 @@ class Stages:
     """What each stage learns from and is tested on, and for how many steps it lasts."""
 
     datasets: tuple[Dataset, ...]
-    tests: tuple[Batch, ...]
+    tests: tuple[tuple[Batch, ...], ...]
     steps: int
 
     def batch_at(self, seed: int, step: int, process: tuple[int, int] = (0, 1), multiple: int = 1) -> Batch:
@@ -40,7 +51,7 @@ def build_stages(sets: TaskSets, cfg: DataConfig, steps: int, seed: int, multipl
     """The tasks dealt to `cfg.sequence` stages in an order that `seed` shuffles, `steps` in all.
 
     A stage learns from the pairs of its tasks as a run on them alone would, and is tested on the test inputs of its scored
-    tasks, each in eight dihedral views, in one teacher-forced batch (rows divide by `multiple`).
+    tasks, each in the dihedral views that it learns from, in teacher-forced batches of one shape (rows divide by `multiple`).
 
     Raises:
         DataError: a stage has nothing to learn from or no test output that is known and fits.
@@ -49,12 +60,13 @@ def build_stages(sets: TaskSets, cfg: DataConfig, steps: int, seed: int, multipl
     groups = [sorted(group.tolist()) for group in np.array_split(order, cfg.sequence)]
     row_of = {name: row for row, name in enumerate(sets.task_ids)}
     queries: list[list[Query]] = [[] for _ in groups]
+    views = DIHEDRALS if cfg.augment else 1
     stage_of = {row: stage for stage, group in enumerate(groups) for row in group}
     for task in sets.evaluation:
         for test, pair in enumerate(task.test):
             if task.id in row_of and pair.output is not None:
                 row = row_of[task.id]
-                queries[stage_of[row]] += [Query(task, test, row, Augmentation(view)) for view in range(DIHEDRALS)]
+                queries[stage_of[row]] += [Query(task, test, row, Augmentation(view)) for view in range(views)]
     sizes = [[len(encode_query(query, cfg.format, answer=True).tokens) for query in group] for group in queries]
     longest = max((size for group in sizes for size in group), default=0)
     bucket = bucket_for(longest, cfg.buckets)
@@ -63,8 +75,10 @@ def build_stages(sets: TaskSets, cfg: DataConfig, steps: int, seed: int, multipl
             f"data.sequence {cfg.sequence}: every stage needs a test output that is known and fits the longest of data.buckets "
             f"({cfg.buckets[-1]} tokens; the longest test has {longest}): take fewer stages, more tasks or longer buckets"
         )
-    rows = -(-max(map(len, queries)) // multiple) * multiple
-    tests = tuple(answered(group, rows, bucket, cfg.format) for group in queries)
+    rows = round_up(min(max(map(len, queries)), batch_size(cfg.tokens_per_batch, bucket)), multiple)
+    tests = tuple(
+        tuple(answered(group[i : i + rows], rows, bucket, cfg.format) for i in range(0, len(group), rows)) for group in queries
+    )
     return Stages(tuple(build_dataset(sets, cfg, group) for group in groups), tests, steps // cfg.sequence)
 
 

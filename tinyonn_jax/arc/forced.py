@@ -17,8 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.arc.augment import Augmentation, views
-from tinyonn_jax.arc.batches import Batch, Query, answered, bucket_for, by_bucket, encode_query, rows_of
-from tinyonn_jax.arc.generate import round_up
+from tinyonn_jax.arc.batches import Batch, Query, answered, bucket_for, by_bucket, encode_query, round_up, rows_of
 from tinyonn_jax.arc.submission import Prediction, Predictions
 from tinyonn_jax.arc.tasks import Task
 from tinyonn_jax.config import DataConfig, EvalConfig
@@ -60,6 +59,8 @@ def exact_per_recursion(
         if test.output is not None
     ]
     groups, _ = by_bucket(known, data, answer=True)
+    if known and not groups:
+        return [0.0]
     batches = (
         answered(group[i : i + cfg.batch], cfg.batch, bucket, data.format)
         for bucket, group in groups.items()
@@ -94,8 +95,8 @@ def ranked(
     """The predictions, with the first `cfg.finalists` of every vote ordered anew: by their mean log-probability in all views.
 
     A vote hears of every view its likeliest answer; here each also says what it thinks of the answers of the others, and one that
-    finds a grid improbable can rule it out. A view in which a grid fits no bucket has no say; a finalist without any keeps its
-    place after the others.
+    finds a grid improbable can rule it out. A grid that fits no bucket in a view has a length of its own there, so that all are
+    heard on all; one whose mean is not finite comes last.
 
     Args:
         score: log-probability of what the sequences of a batch are trained on, in nats.
@@ -112,9 +113,9 @@ def ranked(
                 claimed = replace(task, test=tuple(pairs))
                 for view in seen:
                     query = Query(claimed, test, rows.get(task.id, -1), view)
-                    bucket = bucket_for(len(encode_query(query, data.format, answer=True).tokens), data.buckets)
-                    if bucket is not None:
-                        claims.append(_Claim((task.id, test, number), bucket, query))
+                    length = len(encode_query(query, data.format, answer=True).tokens)
+                    bucket = bucket_for(length, data.buckets) or round_up(length, 64)
+                    claims.append(_Claim((task.id, test, number), bucket, query))
     claims.sort(key=lambda claim: -claim.bucket)  # longest first: what is last is done soon
 
     p, processes = process
@@ -135,9 +136,10 @@ def ranked(
         heard[claim.place].append(value)
 
     def anew(name: str, test: int, prediction: Prediction) -> Prediction:
+        means = [float(np.mean(heard.get((name, test, number), np.nan))) for number in range(len(prediction.candidates))]
         scored = [
-            candidate._replace(likelihood=float(np.mean(heard[name, test, number])) if (name, test, number) in heard else None)
-            for number, candidate in enumerate(prediction.candidates)
+            candidate._replace(likelihood=mean if np.isfinite(mean) else None)
+            for candidate, mean in zip(prediction.candidates, means, strict=True)
         ]
         scored.sort(key=lambda candidate: -np.inf if candidate.likelihood is None else candidate.likelihood, reverse=True)
         return replace(prediction, candidates=tuple(scored))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tinyonn_jax.arc.batches import Prompts
+from tinyonn_jax.arc.batches import Prompts, round_up
 from tinyonn_jax.arc.tokens import END, ROW, Z_OUTPUT, Z_SEP
 
 
@@ -127,11 +127,6 @@ def greedy(
         done = np.flatnonzero((asked >= 0) & ~rows.going)
         yield asked[done], Completions(rows.tokens[done], rows.count[done], rows.logprob[done], rows.finished[done])
         asked[done] = -1
-
-
-def round_up(size: int, multiple: int) -> int:
-    """The least multiple that is not below `size`."""
-    return -(-size // multiple) * multiple
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

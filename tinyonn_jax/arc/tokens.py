@@ -77,13 +77,13 @@ def decode(answer: Int[np.ndarray, "T"]) -> Grid | None:
 
 
 def _mark(token: int, z: int) -> np.ndarray:
-    return np.array([[token, 0, 0, z]], np.int16)
+    return np.array([[token, 0, 0, z]], np.int32)
 
 
 def _cells(grid: Grid, z: int) -> np.ndarray:
-    """Records (token, x, y, z) of a grid's rows, each closed by ROW: int16 [h (w + 1), 4]."""
+    """Records (token, x, y, z) of a grid's rows, each closed by ROW: int32 [h (w + 1), 4]."""
     h, w = grid.shape
-    records = np.empty((h, w + 1, 4), np.int16)
+    records = np.empty((h, w + 1, 4), np.int32)
     records[:, :w, 0] = grid
     records[:, w, 0] = ROW
     records[:, :, 1] = np.arange(w + 1)

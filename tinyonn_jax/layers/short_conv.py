@@ -37,13 +37,13 @@ def apply(
         ValueError: the cache has no room for x.
     """
     (b, t, _), taps = x.shape, len(w)
-    w = w.astype(x.dtype)
+    y = x.astype(w.dtype)  # in the precision of w, so that its gradient, a sum over all tokens, is taken in it
     if cache is None:
         past = jnp.pad(x, ((0, 0), (taps, 0), (0, 0)))  # once: a CPU takes twice as long to pad for each tap
-        return x + sum(tap * past[:, taps - k : taps - k + t] for k, tap in enumerate(w, 1)), None
+        return (y + sum(tap * past[:, taps - k : taps - k + t] for k, tap in enumerate(w, 1))).astype(x.dtype), None
     cache = Cache(slots.written(cache.inputs, x, start, cache.layer), cache.layer)
     past = slots.of_layer(cache.inputs, cache.layer).astype(x.dtype)
     sequence, own = jnp.arange(b)[:, None], start[:, None] + jnp.arange(t)
     for k, tap in enumerate(w, 1):
-        x = x + tap * jnp.where((own >= k)[..., None], past[sequence, jnp.maximum(own - k, 0)], 0)
-    return x, cache
+        y = y + tap * jnp.where((own >= k)[..., None], past[sequence, jnp.maximum(own - k, 0)], 0)
+    return y.astype(x.dtype), cache

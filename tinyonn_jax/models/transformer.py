@@ -146,7 +146,7 @@ def spec(cfg: ModelConfig, tasks: int) -> Params:
     attend, feed = _parts(cfg)
     norm = Param((cfg.dim,), ("embed",), ones)
     conv = short_conv.spec(cfg.dim, cfg.short_conv) if cfg.short_conv else None
-    block = Block(norm, conv, attend, norm, conv, feed)
+    block = Block(norm, conv, attend, norm, conv if feed is not None else None, feed)
     if not cfg.recursed:
         block = stack(block, cfg.depth)
         if cfg.neurons and cfg.prc:
@@ -306,7 +306,7 @@ def _recurse(
         x, depth, cache = carry
         index, own, block, tap, port = per_step
         y = x + jnp.where(index > 0, e0, 0) if cfg.inject else x
-        y = y if own is None else y + own
+        y = y if own is None else (y + own).astype(x.dtype)
         block = _attach(shared, port) if block is None else block
         y, routings, cache = run(block, y, taps=tap, cache=cache and cache.of(index))
         if stop:
@@ -320,7 +320,7 @@ def _recurse(
     blocks = None if cfg.recursed else refined(params.block)
     shared, ports = (params.block, {}) if cache is not None else _defer(params.block, x, cfg, taps)
     start = (x, jnp.zeros(x.shape[:2], jnp.int32), cache)  # carried, so that caches are written in place
-    own = None if params.recursion is None else layout.whole(params.recursion).astype(x.dtype)
+    own = None if params.recursion is None else layout.whole(params.recursion)  # added in its precision, that of its gradient
     per_step = (jnp.arange(cfg.depth), own, blocks, taps, ports)
     (x, depth, cache), (steps, routings) = jax.lax.scan(body, start, per_step, unroll=unroll)
     return x, steps, routings, cache, jnp.minimum(depth + 1, cfg.depth) if stop else depth
@@ -358,13 +358,14 @@ def apply(
 
 def init_cache(cfg: ModelConfig, batch: int, length: int) -> Cache:
     """An empty cache for `batch` sequences of up to `length` tokens: keys and values `[R, B, length, G·C]`; with short
-    convolutions also what each of the two reads, `[R, B, length, D]`."""
+    convolutions also what each reads, `[R, B, length, D]`."""
 
     def empty(width: int) -> Array:
         return jnp.zeros((cfg.depth, batch, length, width), cfg.dtype)
 
     inner = cfg.heads * cfg.head_dim
-    near, near_feed = (short_conv.Cache(empty(cfg.dim)) if cfg.short_conv else None for _ in range(2))
+    block = spec(cfg, 1).block
+    near, near_feed = (w and short_conv.Cache(empty(cfg.dim)) for w in (block.conv_attention, block.conv_feedforward))
     return Cache(near, attention.Cache(empty(inner), empty(inner)), near_feed)
 
 

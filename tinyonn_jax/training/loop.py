@@ -145,7 +145,7 @@ def run(
                 look_at(*last)
             last = (n, metrics, batch)
 
-            stopping = _agree(stop, n % cfg.log_every == 0)
+            stopping = _agree(stop, n % min(cfg.log_every, _ASK_EVERY) == 0)
             validating = validate is not None and (n == cfg.steps or (cfg.validate_every > 0 and n % cfg.validate_every == 0))
             if not (stopping or validating or n % cfg.checkpoint_every == 0 or n == cfg.steps):
                 continue
@@ -167,6 +167,9 @@ def run(
     return state
 
 
+_ASK_EVERY = 20  # steps, or more often: processes ask each other whether to stop, within a scheduler's patience
+
+
 @contextmanager
 def stop_signals(say: Callable[[str], None]) -> Iterator[list[int]]:
     """Notes SIGINT and SIGTERM in the list it yields instead of dying of them; a second one kills as usual."""
@@ -176,7 +179,7 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[list[int]]:
         received.append(signum)
         for each in handled:
             signal.signal(each, signal.SIG_DFL)
-        when = "after this step" if jax.process_count() == 1 else "at the next step that is logged"
+        when = "after this step" if jax.process_count() == 1 else "when all processes know of it, in a few steps"
         say(f"{signal.Signals(signum).name}: saving {when}; once more to stop at once")
 
     handled = (signal.SIGINT, signal.SIGTERM)
