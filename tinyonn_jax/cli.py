@@ -254,6 +254,7 @@ def _require_free(address: str) -> None:
     port = address.rpartition(":")[2]
     try:
         with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that just ended still has connections there
             probe.bind(("", int(port)))
     except ValueError:  # for JAX to say
         pass

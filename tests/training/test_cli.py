@@ -108,6 +108,15 @@ def test_a_port_that_is_taken_is_one_line(tmp_path, monkeypatch, capsys):
     assert f"port {port} of JAX_COORDINATOR_ADDRESS is taken" in capsys.readouterr().err
 
 
+def test_a_port_that_a_run_has_just_left_is_free():
+    with socket.create_server(("localhost", 0)) as server:
+        address = server.getsockname()
+        with socket.create_connection(address) as client:
+            server.accept()[0].close()  # whoever closes first keeps the port for a minute (TIME_WAIT)
+            client.recv(1)
+    cli._require_free(f"localhost:{address[1]}")
+
+
 def test_invalid_tasks_stop_the_start_or_are_skipped(tmp_path, monkeypatch, capsys):
     tasks, folder = bad_tasks(tmp_path / "tasks"), tmp_path / "run"
     args = ("--preset", "smoke", "--workdir", str(folder), "--data.train", str(tasks), "--data.eval", str(tasks))
