@@ -42,6 +42,11 @@ def test_deep_supervision_needs_something_deep():
         ModelConfig(depth=1, deep_supervision=0.5)
 
 
+def test_a_task_that_is_not_embedded_cannot_be_blanked():
+    with pytest.raises(ConfigError, match=r"eval\.blank_task"):
+        Config(model=ModelConfig(task_embedding=False), eval=EvalConfig(blank_task=True))
+
+
 def test_a_router_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="select must be one of top_k, "):
         RouterConfig(8, 2, select="topk")  # pyright: ignore[reportArgumentType]

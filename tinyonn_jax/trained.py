@@ -171,12 +171,12 @@ def evaluate(run: Run, checkpoint: Which) -> dict[str, Any] | None:
 
     save(eval=asdict(replace(run.config.eval, finalists=0)))  # what comes next may fail, or be stopped
     predictions = trained.ranked(predictions, run.sets.evaluation, say)
-    for line in () if process else predictions.too_long:
+    for line in predictions.too_long:
         say(line)
-    facts: dict[str, Any] = {"eval": asdict(run.config.eval)}
+    facts: dict[str, Any] = {}
     if run.config.model.recursed and not process:
         facts["greedy_per_recursion"] = trained.per_recursion(run.sets.evaluation)
-    score = save(**facts)
+    score = save(eval=asdict(run.config.eval), **facts)
     meet("score")
     return score
 

@@ -79,6 +79,17 @@ def test_a_stage_is_tested_on_the_test_inputs_of_its_own_tasks_in_eight_views(se
         assert not asked & trained
 
 
+def test_tests_keep_to_the_budget_and_to_the_views_that_are_learned(sets):
+    whole = build_stages(sets, DATA, 30, seed=0)
+    few = build_stages(sets, dataclasses.replace(DATA, tokens_per_batch=4 * DATA.buckets[-1]), 30, seed=0)
+    for many, test in zip(few.tests, whole.tests, strict=True):
+        assert len(many) > 1 and all(len(batch.task) == 4 for batch in many)
+        found, want = (jax.tree.map(lambda *parts: np.concatenate(parts), *batches) for batches in (many, test))
+        np.testing.assert_array_equal(found.tokens[found.length > 0], want.tokens[want.length > 0])
+    plain = build_stages(sets, dataclasses.replace(DATA, augment=False), 30, seed=0)
+    assert all(not batch.dihedral.any() for test in plain.tests for batch in test)
+
+
 def everything(dataset):
     layouts = dataset.training
     tokens = layouts.records.view(np.int16).reshape(-1, 4)[:, 0]

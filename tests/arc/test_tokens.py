@@ -50,6 +50,12 @@ def test_prompt_is_the_start_of_the_sequence(input, output):
     np.testing.assert_array_equal(prompt.positions, whole.positions[: whole.prefix])
 
 
+def test_a_context_of_thousands_of_demonstrations_is_encoded():
+    """To be left out for its length by who asked; grids are numbered beyond what 16 bits hold."""
+    dot = np.zeros((1, 1), np.int8)
+    assert encode([(dot, dot)] * 8000, dot, dot).positions[-1, 2] > 2**15
+
+
 def test_longest_pair():
     full = np.zeros((30, 30), np.int8)
     assert 1863 == pair_length(full, full) == len(encode((), full, full).tokens)

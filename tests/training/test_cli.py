@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.training.commands import here
@@ -97,6 +98,12 @@ def test_processes_that_cannot_be_joined_are_one_line(tmp_path, monkeypatch, cap
     assert here(monkeypatch, "train", "--preset", "smoke", "--workdir", tmp_path / "new", "--distributed") == 2
     err = capsys.readouterr().err
     assert "--distributed: " in err and "JAX_COORDINATOR_ADDRESS" in err and err.count("\n") == 1
+
+
+def test_out_of_memory_is_one_line_with_what_to_lower(capsys):
+    assert cli.guard(lambda: np.empty(2**55)) == 1  # pyright: ignore[reportArgumentType]
+    err = capsys.readouterr().err
+    assert "out of memory (Unable to allocate" in err and "--min-probability" in err and err.count("\n") == 1
 
 
 def test_a_port_that_is_taken_is_one_line(tmp_path, monkeypatch, capsys):
