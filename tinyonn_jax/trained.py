@@ -71,7 +71,7 @@ class Trained:
         count = self.run.config.eval.finalists
         if not count:
             return predictions
-        if say:  # encoding them all takes a while, before the first is scored
+        if say:  # it takes a while until the first is scored
             say(f"ranking the {count} candidates with most votes by their likelihood in every view")
         multiple = sharding.row_shards(self.mesh)
         return ranked(predictions, self._scorer, tasks, multiple=multiple, **self._work("scored", say))

@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 
 from tinyonn_jax.arc.augment import Augmentation, transform, views
-from tinyonn_jax.arc.batches import Query, batch_at, bucket_for, build_dataset, encode_query, prompts, validation_batches
+from tinyonn_jax.arc.batches import (
+    Query,
+    batch_at,
+    bucket_for,
+    build_dataset,
+    encode_query,
+    prompts,
+    query_length,
+    validation_batches,
+)
 from tinyonn_jax.arc.tasks import DataError, Example, Pair, Task, TaskSets
 from tinyonn_jax.arc.tokens import END, ROW, SEP, START, decode, encode, pair_length
 from tinyonn_jax.config import DataConfig
@@ -223,7 +232,7 @@ def test_prompts(format):
     rng = np.random.default_rng(0)
     task = Task("t", (Pair(grid(rng, 2, 3, 4), grid(rng, 1, 2, 4)),), (Pair(grid(rng, 3, 2, 4)), Pair(grid(rng, 2, 2, 4))))
     queries = [Query(task, test, 5, view) for test in (0, 1) for view in views(task, 3, 0)] + [Query(task, 0, -1, Augmentation())]
-    longest = max(len(encode_query(q, format).tokens) for q in queries)
+    longest = max(query_length(q, format) for q in queries)
     batch = prompts(queries, longest + 2, format)
     assert batch.tokens.shape == (7, longest + 2) and batch.positions.shape == (7, longest + 2, 3)
     assert batch.task.tolist() == [5] * 6 + [-1] and batch.dihedral.tolist() == [q.view.dihedral for q in queries]
@@ -240,6 +249,17 @@ def test_prompts(format):
             np.testing.assert_array_equal(query.view.invert(seen), original)
     with pytest.raises(ValueError, match="task t, test input"):
         prompts(queries, longest - 1, format)
+
+
+@pytest.mark.parametrize("format", ["pair", "context"])
+@pytest.mark.parametrize("answer", [False, True])
+def test_the_length_of_a_query_is_that_of_its_sequence(format, answer):
+    """Turned grids of unequal sides have as many cells and another number of rows."""
+    rng = np.random.default_rng(0)
+    task = Task("t", (Pair(grid(rng, 2, 3, 4), grid(rng, 1, 2, 4)),), (Pair(grid(rng, 3, 2, 4), grid(rng, 5, 1, 4)),))
+    queries = [Query(task, 0, 5, Augmentation(dihedral)) for dihedral in range(8)]
+    lengths = [query_length(query, format, answer) for query in queries]
+    assert lengths == [len(encode_query(query, format, answer).tokens) for query in queries] and len(set(lengths)) == 2
 
 
 def test_bucket_for():

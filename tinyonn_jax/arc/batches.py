@@ -8,7 +8,7 @@ V views of each (8 dihedral ones, or 1), S stored tokens.
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import lcm
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from tinyonn_jax.arc.augment import DIHEDRALS, Augmentation, free_colours, transform
 from tinyonn_jax.arc.tasks import DataError, Pair, Task, TaskSets
-from tinyonn_jax.arc.tokens import COLOURS, END, VOCAB, Encoded, Format, encode
+from tinyonn_jax.arc.tokens import COLOURS, END, VOCAB, Encoded, Format, Grid, encode, pair_length, prompt_length
 from tinyonn_jax.config import DataConfig
 
 _FILLER = np.array([END, 0, 0, 0], np.int16)
@@ -182,19 +182,37 @@ def encode_query(query: Query, format: Format = "pair", answer: bool = False) ->
     Raises:
         ValueError: the true output is asked for and not known.
     """
-    shown = query.task.train if format == "context" else ()
-    see, test = query.view.apply, query.task.test[query.test]
+    see = query.view.apply
+    shown, input, output = _asked(query, format, answer)
+    return encode([(see(a), see(b)) for a, b in shown], see(input), None if output is None else see(output))
+
+
+def _asked(query: Query, format: Format, answer: bool) -> tuple[list[tuple[Grid, Grid]], Grid, Grid | None]:
+    """The grids of a query's sequence in the original view: demonstrations, the test input, and its output if wanted."""
+    test = query.task.test[query.test]
     if answer and test.output is None:
         raise ValueError(f"task {query.task.id}, test input {query.test + 1}: the output is not known")
-    output = see(test.output) if answer and test.output is not None else None
-    return encode([(see(p.input), see(p.output)) for p in shown if p.output is not None], see(test.input), output)
+    shown = query.task.train if format == "context" else ()
+    return [(p.input, p.output) for p in shown if p.output is not None], test.input, test.output if answer else None
+
+
+def query_length(query: Query, format: Format = "pair", answer: bool = False) -> int:
+    """How many tokens `encode_query` gives, from the shapes of grids alone.
+
+    Raises:
+        ValueError: the true output is asked for and not known.
+    """
+    turned = partial(transform, query.view.dihedral)  # copies nothing
+    shown, input, output = _asked(query, format, answer)
+    before = sum(pair_length(turned(a), turned(b)) for a, b in shown)
+    return before + (prompt_length(turned(input)) if output is None else pair_length(turned(input), turned(output)))
 
 
 def prompts(queries: Sequence[Query], length: int, format: Format = "pair") -> Prompts:
     """The prompts of queries, filled with END to `length` tokens each.
 
-    Find a length with `bucket_for(len(encode_query(query, format).tokens), buckets)`; repeat a query where the batch must have a
-    fixed size. An answer's tokens carry z = (z of SEP) + 1, END one more; `query.view.invert` brings the decoded grid back.
+    Find a length with `bucket_for(query_length(query, format), buckets)`; repeat a query where the batch must have a fixed size.
+    An answer's tokens carry z = (z of SEP) + 1, END one more; `query.view.invert` brings the decoded grid back.
 
     Raises:
         ValueError: a prompt is longer than `length`.
@@ -238,10 +256,9 @@ def rows_of(task_ids: Sequence[str], blank: bool = False) -> dict[str, int]:
     return {} if blank else {name: row for row, name in enumerate(task_ids)}
 
 
-def by_bucket(queries: Sequence[Query], data: DataConfig, answer: bool = False) -> tuple[dict[int, list[Query]], tuple[str, ...]]:
-    """Queries by bucket, shortest prompts first (`answer`: with their true answers), and a line for each test input with a view
-    that fits no bucket."""
-    sizes = [len(encode_query(query, data.format, answer).tokens) for query in queries]
+def by_bucket(queries: Sequence[Query], data: DataConfig) -> tuple[dict[int, list[Query]], tuple[str, ...]]:
+    """Queries by bucket, shortest prompts first, and a line for each test input with a view that fits no bucket."""
+    sizes = [query_length(query, data.format) for query in queries]
     groups: dict[int, list[Query]] = defaultdict(list)
     misfits: dict[tuple[str, int], list[int]] = defaultdict(list)
     for size, query in sorted(zip(sizes, queries, strict=True), key=lambda item: item[0]):

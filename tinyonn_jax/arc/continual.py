@@ -24,7 +24,7 @@ from tinyonn_jax.arc.batches import (
     batch_size,
     bucket_for,
     build_dataset,
-    encode_query,
+    query_length,
     round_up,
 )
 from tinyonn_jax.arc.tasks import DataError, TaskSets
@@ -67,8 +67,7 @@ def build_stages(sets: TaskSets, cfg: DataConfig, steps: int, seed: int, multipl
             if task.id in row_of and pair.output is not None:
                 row = row_of[task.id]
                 queries[stage_of[row]] += [Query(task, test, row, Augmentation(view)) for view in range(views)]
-    sizes = [[len(encode_query(query, cfg.format, answer=True).tokens) for query in group] for group in queries]
-    longest = max((size for group in sizes for size in group), default=0)
+    longest = max((query_length(query, cfg.format, answer=True) for group in queries for query in group), default=0)
     bucket = bucket_for(longest, cfg.buckets)
     if bucket is None or not all(queries):
         raise DataError(

@@ -6,10 +6,10 @@ Franzen et al. (2025, arXiv 2505.07859).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
-from typing import Any, NamedTuple
+from itertools import groupby, islice
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.arc.augment import Augmentation, views
-from tinyonn_jax.arc.batches import Batch, Query, answered, bucket_for, by_bucket, encode_query, round_up, rows_of
+from tinyonn_jax.arc.batches import Batch, Query, answered, bucket_for, query_length, round_up, rows_of
 from tinyonn_jax.arc.submission import Prediction, Predictions
 from tinyonn_jax.arc.tasks import Task
 from tinyonn_jax.config import DataConfig, EvalConfig
@@ -58,24 +58,23 @@ def exact_per_recursion(
         for i, test in enumerate(task.test)
         if test.output is not None
     ]
-    groups, _ = by_bucket(known, data, answer=True)
-    if known and not groups:
+    fitting = [query for query in known if query_length(query, data.format, answer=True) <= data.buckets[-1]]
+    if known and not fitting:
         return [0.0]
-    batches = (
-        answered(group[i : i + cfg.batch], cfg.batch, bucket, data.format)
-        for bucket, group in groups.items()
-        for i in range(0, len(group), cfg.batch)
-    )
-    fitting = sum(map(len, groups.values())) / max(len(known), 1)
-    return [share * fitting for share in exact_per_step(apply_fn, batches)]
+    shares = exact_per_step(apply_fn, (batch for _, batch in _batches(fitting, cfg.batch, data)))
+    return [share * len(fitting) / max(len(known), 1) for share in shares]
 
 
-class _Claim(NamedTuple):
-    """A candidate as the answer to a query: whose it is (task id, test input, place in the vote), and its bucket."""
-
-    place: tuple[str, int, int]
-    bucket: int
-    query: Query
+def _batches(queries: Sequence[Query], rows: int, data: DataConfig) -> Iterator[tuple[list[int], Batch]]:
+    """Queries with their answers in batches of `rows`, each with the numbers of those in it, longest first: what is last is done
+    soon. A sequence that fits no bucket has a length of its own.
+    """
+    lengths = [query_length(query, data.format, answer=True) for query in queries]
+    buckets = [bucket_for(length, data.buckets) or round_up(length, 64) for length in lengths]
+    order = sorted(range(len(queries)), key=lambda i: -buckets[i])
+    for bucket, members in groupby(order, lambda i: buckets[i]):
+        while numbers := list(islice(members, rows)):
+            yield numbers, answered([queries[i] for i in numbers], rows, bucket, data.format)
 
 
 def ranked(
@@ -104,36 +103,32 @@ def ranked(
         multiple: what the rows of a batch divide by.
         progress: called with the number of sequences that this process has scored so far, and of all that it will.
     """
-    rows, claims = rows_of(task_ids, cfg.blank_task), []
+    rows = rows_of(task_ids, cfg.blank_task)
+    places: list[tuple[str, int, int]] = []  # task id, test input, place in the vote
+    claims: list[Query] = []  # in which that candidate is the answer
     for task in tasks:
         seen = views(task, cfg.augmentations, seed, data.permute_zero)
         for test, prediction in enumerate(predictions.tasks[task.id]):
             for number, candidate in enumerate(prediction.candidates[: cfg.finalists]):
                 pairs = [replace(pair, output=candidate.grid) if i == test else pair for i, pair in enumerate(task.test)]
                 claimed = replace(task, test=tuple(pairs))
-                for view in seen:
-                    query = Query(claimed, test, rows.get(task.id, -1), view)
-                    length = len(encode_query(query, data.format, answer=True).tokens)
-                    bucket = bucket_for(length, data.buckets) or round_up(length, 64)
-                    claims.append(_Claim((task.id, test, number), bucket, query))
-    claims.sort(key=lambda claim: -claim.bucket)  # longest first: what is last is done soon
+                claims += [Query(claimed, test, rows.get(task.id, -1), view) for view in seen]
+                places += [(task.id, test, number)] * len(seen)
 
     p, processes = process
     mine = claims[p::processes]
     logprob = np.zeros(-(-len(claims) // processes), np.float32)  # claim i is number i // P of process i % P
-    size = round_up(cfg.batch, multiple)
-    for bucket, members in groupby(range(len(mine)), lambda i: mine[i].bucket):
-        numbers = list(members)
-        for some in (numbers[i : i + size] for i in range(0, len(numbers), size)):
-            batch = answered([mine[i].query for i in some], size, bucket, data.format)
-            logprob[some] = np.asarray(score(batch))[: len(some)]
-            if progress:
-                progress(some[-1] + 1, len(mine))
+    done = 0
+    for numbers, batch in _batches(mine, round_up(cfg.batch, multiple), data):
+        logprob[numbers] = np.asarray(score(batch))[: len(numbers)]
+        done += len(numbers)
+        if progress:
+            progress(done, len(mine))
     if gather:
         logprob = gather(logprob).T.ravel()
     heard: dict[tuple[str, int, int], list[float]] = defaultdict(list)
-    for claim, value in zip(claims, logprob.tolist(), strict=False):
-        heard[claim.place].append(value)
+    for place, value in zip(places, logprob.tolist(), strict=False):
+        heard[place].append(value)
 
     def anew(name: str, test: int, prediction: Prediction) -> Prediction:
         means = [float(np.mean(heard.get((name, test, number), np.nan))) for number in range(len(prediction.candidates))]

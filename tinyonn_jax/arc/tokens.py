@@ -35,9 +35,14 @@ def grid_length(grid: Grid) -> int:
     return grid.shape[0] * (grid.shape[1] + 1)
 
 
+def prompt_length(input: Grid) -> int:
+    """Tokens of one prompt: a grid between START and SEP."""
+    return 2 + grid_length(input)
+
+
 def pair_length(input: Grid, output: Grid) -> int:
-    """Tokens of one pair: both grids, START, SEP and END."""
-    return 3 + grid_length(input) + grid_length(output)
+    """Tokens of one pair: a prompt, the grid after it, END."""
+    return prompt_length(input) + grid_length(output) + 1
 
 
 def encode(demonstrations: Iterable[tuple[Grid, Grid]], input: Grid, output: Grid | None = None) -> Encoded:
