@@ -27,6 +27,11 @@ def transform(dihedral: int, grid: Grid) -> Grid:
     return np.rot90(grid.T if dihedral >= 4 else grid, dihedral % 4)
 
 
+def turns_rows(dihedral: int) -> bool:
+    """Whether rows of a grid become columns."""
+    return (dihedral % 4 + dihedral // 4) % 2 == 1
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """One view: a dihedral transform (0..7) and the colour that each of the ten colours becomes."""

@@ -8,7 +8,7 @@ V views of each (8 dihedral ones, or 1), S stored tokens.
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import lcm
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import flax.struct
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from tinyonn_jax.arc.augment import DIHEDRALS, Augmentation, free_colours, transform
+from tinyonn_jax.arc.augment import DIHEDRALS, Augmentation, free_colours, transform, turns_rows
 from tinyonn_jax.arc.tasks import DataError, Pair, Task, TaskSets
 from tinyonn_jax.arc.tokens import COLOURS, END, VOCAB, Encoded, Format, Grid, encode, pair_length, prompt_length
 from tinyonn_jax.config import DataConfig
@@ -202,10 +202,11 @@ def query_length(query: Query, format: Format = "pair", answer: bool = False) ->
     Raises:
         ValueError: the true output is asked for and not known.
     """
-    turned = partial(transform, query.view.dihedral)  # copies nothing
     shown, input, output = _asked(query, format, answer)
-    before = sum(pair_length(turned(a), turned(b)) for a, b in shown)
-    return before + (prompt_length(turned(input)) if output is None else pair_length(turned(input), turned(output)))
+    pairs = shown if output is None else [*shown, (input, output)]
+    if turns_rows(query.view.dihedral):
+        pairs, input = [(a.T, b.T) for a, b in pairs], input.T
+    return sum(pair_length(*pair) for pair in pairs) + (prompt_length(input) if output is None else 0)
 
 
 def prompts(queries: Sequence[Query], length: int, format: Format = "pair") -> Prompts:
