@@ -30,8 +30,9 @@ def uncached(params, x, positions, prefix):
 
 
 @jax.jit
-def cached(params, x, cache, positions, start, prefix):
-    return mha.apply(params, x, LAYER, where=attention.context(positions, C, start, prefix), cache=cache)
+def cached(params, x, cache, positions, start, prefix, layer=None):
+    where = attention.context(positions, C, start, prefix).replace(layer=layer)
+    return mha.apply(params, x, LAYER, where=where, cache=cache)
 
 
 def naive(params, x, positions, prefix):
@@ -182,8 +183,8 @@ def test_layers_that_share_a_cache_extend_their_own_part(params):
     prefix, start = jnp.array([3, 2]), jnp.array([1, 3])
     one = attention.Cache(*(jnp.asarray(np.random.default_rng(seed).normal(size=(B, T, G * C)), jnp.float32) for seed in (5, 6)))
     want, own = cached(params, X[:, :2], one, POSITIONS[:, :2], start, prefix)
-    all = attention.Cache(*(jnp.stack([a - 1, a, a + 1]) for a in (one.keys, one.values)), jnp.int32(1))
-    got, shared = cached(params, X[:, :2], all, POSITIONS[:, :2], start, prefix)
+    all = attention.Cache(*(jnp.stack([a - 1, a, a + 1]) for a in (one.keys, one.values)))
+    got, shared = cached(params, X[:, :2], all, POSITIONS[:, :2], start, prefix, jnp.int32(1))
     np.testing.assert_array_equal(got, want)
     for a, b, before in ((shared.keys, own.keys, one.keys), (shared.values, own.values, one.values)):
         np.testing.assert_array_equal(a, jnp.stack([before - 1, b, before + 1]))

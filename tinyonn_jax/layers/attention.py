@@ -18,27 +18,11 @@ from tinyonn_jax.layers.base import rotary, rotation
 
 @flax.struct.dataclass
 class Cache:
-    """Keys (rotated) and values of the tokens seen so far, `[B,S,G·C]` each; those of R layers or recursions `[R,B,S,G·C]`, of
-    which a call reads and extends number `layer`, in place. One axis for G·C, for TPUs fill up the last two of an array."""
+    """Keys (rotated) and values of the tokens seen so far, `[B,S,G·C]` each; those of R layers or recursions `[R,B,S,G·C]`. One
+    axis for G·C, for TPUs fill up the last two of an array."""
 
     keys: Array
     values: Array
-    layer: Int[Array, ""] | None = None
-
-    def extended(self, k: Float[Array, "B T G C"], v: Float[Array, "B T G C"], start: Int[Array, " B"]) -> "Cache":
-        """The cache with more keys and values, at slots start…start+T-1 of each sequence.
-
-        Raises:
-            ValueError: they fit no slots of this cache.
-        """
-        keys, values = (slots.written(a, new, start, self.layer) for a, new in ((self.keys, k), (self.values, v)))
-        return replace(self, keys=keys, values=values)
-
-    def read(self, head_dim: int) -> tuple[Array, Array]:
-        """The keys and values of the layer at hand, `[B,S,G,C]` each."""
-        here = (slots.of_layer(a, self.layer) for a in (self.keys, self.values))
-        k, v = (a.reshape(*a.shape[:2], -1, head_dim) for a in here)
-        return k, v
 
 
 @flax.struct.dataclass
@@ -46,12 +30,14 @@ class Context:
     """Where the T tokens of a call stand, made once by `context` for all layers.
 
     `turn` rotary cosines and sines `[B,T,1,C/2]`; `start [B]` slot of the first token in the cache, if there is one; `prefix
-    [B]` slots that every token sees (0: purely causal).
+    [B]` slots that every token sees (0: purely causal); `layer` which of its layers or recursions a cache that holds those of
+    many is read and extended for, in place.
     """
 
     turn: tuple[Array, Array]
     start: Int[Array, " B"]
     prefix: Int[Array, " B"]
+    layer: Int[Array, ""] | None = None
 
 
 def context(
@@ -120,8 +106,9 @@ def attend(
     if cache is None:  # the keys are those of the queries themselves
         where = replace(where, start=jnp.zeros_like(where.start))
     else:
-        cache = cache.extended(k, v, where.start)
-        k, v = (a.astype(q.dtype) for a in cache.read(k.shape[-1]))
+        keys, values = (slots.written(a, new, where.start, where.layer) for a, new in ((cache.keys, k), (cache.values, v)))
+        cache, (b, _, *head) = Cache(keys, values), k.shape
+        k, v = (slots.of_layer(a, where.layer).reshape(b, -1, *head).astype(q.dtype) for a in (keys, values))
     fused = partial(_fused, fresh=cache is None) if cudnn_takes(q) else _masked
     args = q, k, v, mask(where, k.shape[1]), where.prefix
     return jax.lax.platform_dependent(*args, cuda=fused, default=_heads_first), cache

@@ -6,20 +6,11 @@ Neighbours need no attention to be found; that is left to find what lies further
 Letters: B batch, T tokens, S slots, D model, K taps. Source: Canon layers (Allen-Zhu, 2025, "Physics of Language Models", 4.1).
 """
 
-import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tinyonn_jax.layers import slots
 from tinyonn_jax.layers.base import Param, zeros
-
-
-@flax.struct.dataclass
-class Cache:
-    """What the convolution read so far, `[B,S,D]`; of R layers or recursions `[R,B,S,D]`, of which a call is number `layer`."""
-
-    inputs: Array
-    layer: Int[Array, ""] | None = None
 
 
 def spec(dim: int, taps: int) -> Param:
@@ -28,10 +19,14 @@ def spec(dim: int, taps: int) -> Param:
 
 
 def apply(
-    w: Float[Array, "K D"], x: Float[Array, "B T D"], start: Int[Array, " B"], cache: Cache | None = None
-) -> tuple[Float[Array, "B T D"], Cache | None]:
+    w: Float[Array, "K D"],
+    x: Float[Array, "B T D"],
+    start: Int[Array, " B"],
+    cache: Float[Array, "*R B S D"] | None = None,
+    layer: Int[Array, ""] | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "*R B S D"] | None]:
     """The convolution of x, and the cache with x in it (None without one): there x stands at slots start…start+T-1, and reads
-    those before it.
+    those before it. Of a cache for R layers or recursions a call is number `layer`.
 
     Raises:
         ValueError: the cache has no room for x.
@@ -41,8 +36,8 @@ def apply(
     if cache is None:
         past = jnp.pad(x, ((0, 0), (taps, 0), (0, 0)))  # once: a CPU takes twice as long to pad for each tap
         return (y + sum(tap * past[:, taps - k : taps - k + t] for k, tap in enumerate(w, 1))).astype(x.dtype), None
-    cache = Cache(slots.written(cache.inputs, x, start, cache.layer), cache.layer)
-    past = slots.of_layer(cache.inputs, cache.layer).astype(x.dtype)
+    cache = slots.written(cache, x, start, layer)
+    past = slots.of_layer(cache, layer).astype(x.dtype)
     sequence, own = jnp.arange(b)[:, None], start[:, None] + jnp.arange(t)
     for k, tap in enumerate(w, 1):
         y = y + tap * jnp.where((own >= k)[..., None], past[sequence, jnp.maximum(own - k, 0)], 0)

@@ -22,23 +22,11 @@ from jaxtyping import Array, Bool, Float, Int
 from tinyonn_jax.arc.augment import DIHEDRALS
 from tinyonn_jax.arc.tokens import VOCAB
 from tinyonn_jax.config import ModelConfig
-from tinyonn_jax.layers import (
-    attention,
-    deferred,
-    dynmoe,
-    dynsiha,
-    dynsiha_plus,
-    experts,
-    grouped,
-    layout,
-    linear,
-    mha,
-    moie,
-    short_conv,
-)
+from tinyonn_jax.layers import attention, deferred, grouped, layout, linear, short_conv
 from tinyonn_jax.layers.base import Param, entropy, normal, ones, rms_norm, stack
-from tinyonn_jax.layers.routing import Router, RouterConfig, Routing, effective, stream_spec
+from tinyonn_jax.layers.routing import Router, Routing, effective, stream_spec
 from tinyonn_jax.layers.tap import Taps
+from tinyonn_jax.models.kinds import Layers, layers
 
 T = TypeVar("T")
 ATTENTION, FEEDFORWARD = "block.attention", "block.feedforward"
@@ -78,11 +66,6 @@ class Cache:
     attention: Any
     conv_feedforward: Any
 
-    def of(self, layer: Int[Array, ""] | None) -> "Cache":
-        """That of one recursion or layer (None: of all of them again)."""
-        kinds = attention.Cache, short_conv.Cache
-        return jax.tree.map(lambda part: replace(part, layer=layer), self, is_leaf=lambda part: isinstance(part, kinds))
-
 
 @flax.struct.dataclass
 class Output:
@@ -93,41 +76,6 @@ class Output:
     steps: Float[Array, "R B T V"] | None
     routings: dict[str, Routing]
     depth: Int[Array, "B T"]
-
-
-def _router(cfg: ModelConfig, isolate: bool, modules: int, slots: int, groups: int = 1) -> RouterConfig:
-    select = {"dfc": "relu", "dfc_hard": "hard"}.get(cfg.kind, cfg.select)
-    cost = ("linear" if cfg.kind == "dfc" else "bias") if cfg.cost == "auto" else cfg.cost
-    return RouterConfig(modules, slots, groups, cfg.match, cost, select, cfg.weight, isolate=isolate)  # pyright: ignore[reportArgumentType]
-
-
-def _attention_config(cfg: ModelConfig, isolate: bool = True) -> Any:
-    match cfg.kind:
-        case "dense":
-            return mha.Config(cfg.dim, cfg.heads, cfg.head_dim)
-        case "dyntrm":
-            router = _router(cfg, isolate, cfg.latent_heads, cfg.active_heads, groups=cfg.heads)
-            return dynsiha_plus.Config(cfg.dim, cfg.head_dim, router)
-        case _:
-            return dynsiha.Config(cfg.dim, cfg.heads, _router(cfg, isolate, cfg.dim, 0))
-
-
-def _feedforward_config(cfg: ModelConfig, isolate: bool = True) -> Any:
-    if cfg.kind == "dyntrm":
-        router = _router(cfg, isolate, cfg.experts, cfg.active_experts)
-        return dynmoe.Config(cfg.dim, cfg.expert_hidden, router, cfg.gated, cfg.shared_experts)
-    return moie.Config(cfg.dim, cfg.hidden, _router(cfg, isolate, cfg.hidden, 0))
-
-
-def _parts(cfg: ModelConfig) -> tuple[Any, Any]:
-    """The specs of a block's attention and feed-forward layer."""
-    match cfg.kind:
-        case "dense":
-            return mha.spec(_attention_config(cfg)), experts.mlp_spec(cfg.dim, cfg.hidden, cfg.gated)
-        case "dyntrm":
-            return dynsiha_plus.spec(_attention_config(cfg)), dynmoe.spec(_feedforward_config(cfg))
-        case "dfc" | "dfc_hard":
-            return dynsiha.spec(_attention_config(cfg)), moie.spec(_feedforward_config(cfg)) if cfg.hidden else None
 
 
 def _streams(block: Block, layers: int) -> Block:
@@ -143,7 +91,7 @@ def _streams(block: Block, layers: int) -> Block:
 
 def spec(cfg: ModelConfig, tasks: int) -> Params:
     """The parameters of the whole network for `tasks` tasks, as `Param`s."""
-    attend, feed = _parts(cfg)
+    attend, feed = (layer.spec for layer in layers(cfg))
     norm = Param((cfg.dim,), ("embed",), ones)
     conv = short_conv.spec(cfg.dim, cfg.short_conv) if cfg.short_conv else None
     block = Block(norm, conv, attend, norm, conv if feed is not None else None, feed)
@@ -174,21 +122,20 @@ def _embed(
 def _block(
     block: Block,
     x: Float[Array, "B T D"],
-    cfg: ModelConfig,
-    isolate: bool,
     where: attention.Context,
-    valid: Bool[Array, "B T"] | None,
     taps: Taps | None,
     cache: Cache | None,
+    does: Layers,
+    valid: Bool[Array, "B T"] | None,
 ):
     """One application of the block: the new x, the routings, the new cache."""
     h = rms_norm(x, block.norm_attention)
     h, near = _convolve(block.conv_attention, h, where, cache and cache.conv_attention)
-    h, heads, seen = _attend(block.attention, h, cfg, isolate, where, valid, _part_of(taps, ATTENTION), cache and cache.attention)
+    h, heads, seen = does.attention.apply(block.attention, h, where, valid, _part_of(taps, ATTENTION), cache and cache.attention)
     x = x + h
     h = rms_norm(x, block.norm_feedforward)
     h, near_feed = _convolve(block.conv_feedforward, h, where, cache and cache.conv_feedforward)
-    h, feed = _feed(block.feedforward, h, cfg, isolate, valid, _part_of(taps, FEEDFORWARD))
+    h, feed = does.feedforward.apply(block.feedforward, h, valid, _part_of(taps, FEEDFORWARD))
     return x + h, _named(ATTENTION, heads) | _named(FEEDFORWARD, feed), cache and Cache(near, seen, near_feed)
 
 
@@ -202,34 +149,8 @@ def _part_of(taps: Taps | None, layer: str) -> Any:
     return {name.removeprefix(layer).lstrip("."): tap for name, tap in (taps or {}).items() if name.startswith(layer)}
 
 
-def _convolve(w: Array | None, x: Array, where: attention.Context, cache: short_conv.Cache | None):
-    return (x, None) if w is None else short_conv.apply(layout.whole(w), x, where.start, cache)
-
-
-def _attend(params: Any, x: Array, cfg: ModelConfig, isolate: bool, where, valid, tap, cache):
-    layer = _attention_config(cfg, isolate)
-    match cfg.kind:
-        case "dense":
-            y, cache = mha.apply(params, x, layer, where=where, cache=cache)
-            return y, {}, cache
-        case "dyntrm":
-            y, chosen, cache = dynsiha_plus.apply(params, x, layer, where=where, valid=valid, cache=cache, tap=tap.get(""))
-            return y, {"": chosen}, cache
-        case _:
-            return dynsiha.apply(params, x, layer, where=where, valid=valid, cache=cache, tap=tap)
-
-
-def _feed(params: Any, x: Array, cfg: ModelConfig, isolate: bool, valid, tap):
-    match cfg.kind:
-        case "dense":
-            return experts.mlp(params, x, cfg.gated), {}
-        case "dyntrm":
-            y, chosen = dynmoe.apply(params, x, _feedforward_config(cfg, isolate), valid=valid, tap=tap.get(""))
-            return y, {"": chosen}
-        case _ if params is None:
-            return jnp.zeros_like(x), {}
-        case _:
-            return moie.apply(params, x, _feedforward_config(cfg, isolate), valid=valid, tap=tap)
+def _convolve(w: Array | None, x: Array, where: attention.Context, cache: Array | None):
+    return (x, None) if w is None else short_conv.apply(layout.whole(w), x, where.start, cache, where.layer)
 
 
 def refined(params: T) -> T:
@@ -297,7 +218,7 @@ def _recurse(
     unroll = _unroll(cfg)
     if unroll == cfg.depth:
         where = replace(where, turn=_once(*where.turn))
-    run = partial(_block, cfg=cfg, isolate=isolate, where=where, valid=valid)
+    run = partial(_block, does=layers(cfg, isolate), valid=valid)
     if cfg.remat:
         # Decisions are saved, everything else is computed again: a recomputed low-precision logit cannot flip one (seed 2).
         run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names("routing"), prevent_cse=False)
@@ -308,14 +229,14 @@ def _recurse(
         y = x + jnp.where(index > 0, e0, 0) if cfg.inject else x
         y = y if own is None else (y + own).astype(x.dtype)
         block = _attach(shared, port) if block is None else block
-        y, routings, cache = run(block, y, taps=tap, cache=cache and cache.of(index))
+        y, routings, cache = run(block, y, where if cache is None else replace(where, layer=index), tap, cache)
         if stop:
             running = depth == index  # has not stopped before
             x = jnp.where(running[..., None], y, x)
             depth = depth + (running & (entropy(_read_out(params, x)) >= stop))
         else:
             x, depth = y, depth + 1
-        return (x, depth, cache and cache.of(None)), (x if keep else None, routings)
+        return (x, depth, cache), (x if keep else None, routings)
 
     blocks = None if cfg.recursed else refined(params.block)
     shared, ports = (params.block, {}) if cache is not None else _defer(params.block, x, cfg, taps)
@@ -365,7 +286,7 @@ def init_cache(cfg: ModelConfig, batch: int, length: int) -> Cache:
 
     inner = cfg.heads * cfg.head_dim
     block = spec(cfg, 1).block
-    near, near_feed = (w and short_conv.Cache(empty(cfg.dim)) for w in (block.conv_attention, block.conv_feedforward))
+    near, near_feed = (w and empty(cfg.dim) for w in (block.conv_attention, block.conv_feedforward))
     return Cache(near, attention.Cache(empty(inner), empty(inner)), near_feed)
 
 
