@@ -16,7 +16,6 @@ from tinyonn_jax.learning import signals
 from tinyonn_jax.models import transformer
 from tinyonn_jax.models.transformer import ATTENTION, FEEDFORWARD
 
-apply = jax.jit(transformer.apply, static_argnames=("cfg", "isolate", "steps", "stop"))
 BATCH = tiny.batch()
 REAL = np.arange(BATCH.tokens.shape[1]) < np.asarray(BATCH.length)[:, None]
 
@@ -259,41 +258,6 @@ def test_stacked_blocks_with_the_same_weights_are_the_recursed_block(kind):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"kind": "dense", "recursion_embedding": True, "short_conv": 2},
-        {"kind": "dense", "recursed": False, "inject": False},
-        {"recursed": False, "inject": False, "select": "threshold", "cost": "linear"},
-        {"shared_experts": 1, "active_heads": 2, "match": "dot"},
-        {"kind": "dfc", "recursed": False, "short_conv": 3},
-        {"kind": "dfc_hard", "hidden": 0, "short_conv": 1},
-    ],
-    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()),
-)
-def test_decoding_token_by_token_is_teacher_forcing(changes):
-    """Prompts of different lengths go in together; each next token stands at a slot of its own."""
-    cfg = tiny.config(**changes)
-    params = tiny.params(cfg)
-    rows, length = 3, BATCH.tokens.shape[1]
-    batch = BATCH.replace(length=jnp.full(rows, length), prefix=jnp.array([4, 2, 3]))
-    want = np.asarray(apply(params, batch, cfg=cfg).logits)
-    step = jax.jit(partial(transformer.decode, cfg=cfg))
-    cache = transformer.init_cache(cfg, rows, length + 2)
-    garbage = jnp.arange(4) >= batch.prefix[:, None]
-    prompt = jnp.where(garbage, 13, batch.tokens[:, :4])
-    spots = jnp.where(garbage[..., None], 0, batch.positions[:, :4])
-    say = (batch.prefix, batch.task, batch.dihedral)
-    logits, cache = step(params, cache, prompt, spots, jnp.zeros(rows, int), *say)
-    for row in range(rows):
-        np.testing.assert_allclose(logits[row, : batch.prefix[row]], want[row, : batch.prefix[row]], rtol=1e-4, atol=1e-4)
-    row = jnp.arange(rows)
-    for i in range(length - 4):
-        at = batch.prefix + i
-        logits, cache = step(params, cache, batch.tokens[row, at][:, None], batch.positions[row, at][:, None], at, *say)
-        np.testing.assert_allclose(logits[:, 0], want[row, at], rtol=1e-4, atol=1e-4)
-
-
 def test_gradients_that_are_sums_over_all_tokens_are_taken_in_float32():
     """Of 16,384 tokens in bfloat16: partial sums of that type would lose most of them."""
     rows, length = 256, 64
@@ -322,30 +286,6 @@ def test_gradients_that_are_sums_over_all_tokens_are_taken_in_float32():
         assert float(jnp.linalg.norm(got - want)) < 0.015 * float(jnp.linalg.norm(want))
 
 
-@pytest.mark.parametrize(
-    "changes", [{"kind": "dense", "short_conv": 2}, {"shared_experts": 1}, {"kind": "dfc", "recursed": False}], ids=str
-)
-def test_causality_by_gradient(changes):
-    """Every token of the batch is another one, so that a row of the embedding is a position: logits at t depend on it exactly
-    when the position is not after t, or lies in the prefix; and never on another sequence."""
-    cfg = tiny.config(**changes)
-    params = tiny.params(cfg)
-    batch = tiny.batch(2).replace(tokens=jnp.arange(12).reshape(2, 6), length=jnp.array([6, 6]), prefix=jnp.array([3, 0]))
-
-    @jax.jit
-    def jacobian(embed):
-        outputs, vjp = jax.vjp(
-            lambda e: transformer.apply(params.replace(embed=e), batch, cfg).logits @ jnp.arange(1.0, 15.0), embed
-        )
-        return jax.lax.map(lambda one: vjp(one)[0], jnp.eye(12).reshape(12, *outputs.shape))  # [12, V, D]
-
-    depends = np.abs(jacobian(params.embed)).max(-1)[:, :12].reshape(2, 6, 2, 6) > 0
-    t, s = np.mgrid[:6, :6]
-    for b in range(2):
-        np.testing.assert_array_equal(depends[b, :, b], (s <= t) | (s < batch.prefix[b]))
-        assert not depends[b, :, 1 - b].any()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_influences_nothing(kind):
     """Other tokens, positions, tasks in the padding: not a bit of the real logits and of any gradient changes, nor do signals."""
@@ -369,71 +309,12 @@ def test_padding_influences_nothing(kind):
         np.testing.assert_array_equal(routing.valid[0], REAL.reshape(-1))
 
 
-@pytest.mark.parametrize("inject", [True, False])
-def test_recursions_have_embeddings_of_their_own(inject):
-    """As the same vector in every token's embedding, which injecting networks add in each recursion, others in the first."""
-    cfg = tiny.config("dense", inject=inject, recursion_embedding=True)
-    params = tiny.params(cfg)
-    e = params.recursion[0]
-    every = params.replace(recursion=jnp.stack([e, e]), embed=params.embed - e)
-    first = params.replace(recursion=jnp.stack([e, 0 * e]), embed=params.embed - e)
-    without = params.replace(recursion=0 * params.recursion)
-    want, of_every, of_first = (apply(p, BATCH, cfg=cfg).logits for p in (without, every, first))
-    same, other = (of_every, of_first) if inject else (of_first, of_every)
-    np.testing.assert_allclose(same, want, **CLOSE)
-    assert float(jnp.abs(other - want).max()) > 1e-2
-
-
-def test_a_blank_task_is_a_zero_embedding():
-    cfg = tiny.config("dense")
-    params = tiny.params(cfg)
-    blank = apply(params, BATCH.replace(task=jnp.full(3, -1)), cfg=cfg).logits
-    zero = apply(params.replace(task=jnp.zeros_like(params.task)), BATCH, cfg=cfg).logits
-    np.testing.assert_array_equal(blank, zero)
-    assert np.abs(blank - apply(params, BATCH, cfg=cfg).logits).max() > 0.1
-    without = tiny.config("dense", task_embedding=False)
-    assert transformer.spec(without, 0).task is None
-    np.testing.assert_array_equal(apply(params.replace(task=None), BATCH, cfg=without).logits, zero)
-
-
-def test_steps_are_the_answers_of_shallower_networks():
-    cfg = tiny.config("dense", depth=3)
-    params = tiny.params(cfg)
-    out = apply(params, BATCH, cfg=cfg, steps=True)
-    np.testing.assert_array_equal(out.steps[-1], out.logits)
-    np.testing.assert_array_equal(out.depth, 3)
-    for depth in (1, 2):
-        shallow = apply(params, BATCH, cfg=tiny.config("dense", depth=depth)).logits
-        np.testing.assert_allclose(out.steps[depth - 1], shallow, rtol=1e-4, atol=1e-5)
-
-
-def test_entropy_stop_keeps_the_answer_of_the_recursion_that_was_sure():
-    cfg = tiny.config("dense", depth=3)
-    params = tiny.params(cfg)
-    never, at_once = apply(params, BATCH, cfg=cfg, stop=1e-9), apply(params, BATCH, cfg=cfg, stop=100.0)
-    full = apply(params, BATCH, cfg=cfg, steps=True)
-    np.testing.assert_allclose(never.logits, full.logits, **CLOSE)
-    np.testing.assert_array_equal(never.depth, 3)
-    np.testing.assert_allclose(at_once.logits, full.steps[0], **CLOSE)
-    np.testing.assert_array_equal(at_once.depth, 1)
-    # In between, a token stops after the first recursion exactly when it was sure by then.
-    p = np.exp(np.asarray(full.steps[0], np.float64))
-    p /= p.sum(-1, keepdims=True)
-    entropy = -(p * np.log(p)).sum(-1)
-    stop = float(np.median(entropy))
-    some = apply(params, BATCH, cfg=cfg, stop=stop)
-    np.testing.assert_array_equal(np.asarray(some.depth) == 1, entropy < stop)
-    np.testing.assert_allclose(
-        np.asarray(some.logits)[entropy < stop], np.asarray(full.steps[0])[entropy < stop], rtol=1e-4, atol=1e-4
-    )
-
-
 def test_specs_name_the_routed_layers_and_stack_the_blocks():
     made = transformer.spec(tiny.config(recursed=False, depth=5), 4)
     assert made.block.attention.modules.w_q.shape == (5, 4, 8, 6) and made.block.attention.modules.w_q.axes[0] == "layers"
     assert made.task.shape == (4, 8) and made.embed.shape == (14, 8)
-    assert set(apply(tiny.params(tiny.config()), BATCH, cfg=tiny.config()).routings) == {ATTENTION, FEEDFORWARD}
-    assert apply(tiny.params(tiny.config("dense")), BATCH, cfg=tiny.config("dense")).routings == {}
+    assert set(tiny.apply(tiny.params(tiny.config()), BATCH, cfg=tiny.config()).routings) == {ATTENTION, FEEDFORWARD}
+    assert tiny.apply(tiny.params(tiny.config("dense")), BATCH, cfg=tiny.config("dense")).routings == {}
 
 
 @pytest.mark.parametrize(("changes", "weights"), [({}, 4), ({"remat": True}, 4), ({"latent_heads": 4}, 2)])

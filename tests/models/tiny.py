@@ -54,6 +54,9 @@ def params(cfg: ModelConfig, seed: int = 0) -> Any:
     return make(transformer.spec(cfg, TASKS), seed)
 
 
+apply = jax.jit(transformer.apply, static_argnames=("cfg", "isolate", "steps", "stop"))
+
+
 def cross_entropy(logits, batch):
     """Mean loss of the next token where the mask says so, written out."""
     log_p = logits - jnp.log(jnp.sum(jnp.exp(logits), -1, keepdims=True))
