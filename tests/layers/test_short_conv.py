@@ -57,8 +57,7 @@ def test_in_pieces_it_reads_what_went_before(layer):
     earlier = jnp.asarray(RNG.normal(size=(B, 2, D)), jnp.float32)
     shape = (B, T + 3, D) if layer is None else (3, B, T + 3, D)
     filled = jnp.full(shape, 7.0)
-    filled = filled.at[..., :2, :].set(earlier)
-    cache = filled
+    cache = filled = filled.at[..., :2, :].set(earlier)
     want = [naive(W, np.concatenate([earlier[b, : start[b]], X[b]])[None])[0, start[b] :] for b in range(B)]
     found = []
     for first, last in ((0, 1), (1, 4), (4, T)):

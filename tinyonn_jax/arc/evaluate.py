@@ -16,7 +16,7 @@ from tinyonn_jax.arc.augment import Augmentation, views
 from tinyonn_jax.arc.batches import Prompts, Query, by_bucket, encode_query, prompts, rows_of
 from tinyonn_jax.arc.submission import Prediction, Predictions
 from tinyonn_jax.arc.tasks import Pair, Task
-from tinyonn_jax.arc.tokens import END, MAX_SIDE
+from tinyonn_jax.arc.tokens import MAX_SIDE
 from tinyonn_jax.arc.vote import Answer, read, vote
 from tinyonn_jax.config import DataConfig, EvalConfig
 
@@ -88,7 +88,8 @@ def evaluate(
         """The finished answers to each test input, in the order of the queries."""
         nonlocal done
         share = -(-len(work.asked) // processes)
-        tokens = np.full((share, width, cap), END, np.int8)  # prompt i is number i // P of process i % P
+        # Prompt i is number i // P of process i % P. Few have many completions: what is not written to takes no memory.
+        tokens = np.zeros((width, share, cap), np.int8).swapaxes(0, 1)
         logprob, finished = np.zeros((share, width), np.float32), np.zeros((share, width), bool)
         mine = range(p, len(work.asked), processes)
         for bucket in reversed(groups):
@@ -98,8 +99,9 @@ def evaluate(
                 return prompts([work.asked[i][1] for i in chosen[numbers]], bucket, data.format)
 
             for numbers, found in run(ask, len(chosen)):
-                at = chosen[numbers] // processes
-                tokens[at], logprob[at], finished[at] = found.tokens, found.logprob, found.finished
+                which, rank = np.nonzero(found.finished)
+                at = chosen[numbers][which] // processes, rank
+                tokens[at], logprob[at], finished[at] = found.tokens[which, rank], found.logprob[which, rank], True
                 done += len(numbers)
                 if progress:
                     progress(done, total)

@@ -78,13 +78,13 @@ class Output:
     depth: Int[Array, "B T"]
 
 
-def _streams(block: Block, layers: int) -> Block:
+def _streams(block: Block, depth: int) -> Block:
     """A stacked block's spec with prototype residual connections between its layers, one stream per router."""
 
     def connect(x: Any) -> Any:
-        if not isinstance(x, Router) or layers < 2:
+        if not isinstance(x, Router) or depth < 2:
             return x
-        return replace(x, stream=stack(stream_spec(x.proto.shape[-1]), layers - 1))
+        return replace(x, stream=stack(stream_spec(x.proto.shape[-1]), depth - 1))
 
     return jax.tree.map(connect, block, is_leaf=lambda x: isinstance(x, Router))
 
