@@ -106,9 +106,10 @@ def attend(
     if cache is None:  # the keys are those of the queries themselves
         where = replace(where, start=jnp.zeros_like(where.start))
     else:
-        keys, values = (slots.written(a, new, where.start, where.layer) for a, new in ((cache.keys, k), (cache.values, v)))
-        cache, (b, _, *head) = Cache(keys, values), k.shape
-        k, v = (slots.of_layer(a, where.layer).reshape(b, -1, *head).astype(q.dtype) for a in (keys, values))
+        written = (slots.written(a, new, where.start, where.layer) for a, new in ((cache.keys, k), (cache.values, v)))
+        cache, head = Cache(*written), k.shape[2:]
+        here = (slots.of_layer(a, where.layer) for a in (cache.keys, cache.values))
+        k, v = (a.reshape(*a.shape[:2], *head).astype(q.dtype) for a in here)
     fused = partial(_fused, fresh=cache is None) if cudnn_takes(q) else _masked
     args = q, k, v, mask(where, k.shape[1]), where.prefix
     return jax.lax.platform_dependent(*args, cuda=fused, default=_heads_first), cache
