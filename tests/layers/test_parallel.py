@@ -178,7 +178,7 @@ def test_what_finds_no_room_is_dropped_and_counted(ragged):
     lost = np.ravel(LATE)
     assert not np.any(y[lost]) and np.all(np.any(np.asarray(y)[np.ravel(USED) & ~lost], 1))
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
-    found = signals.summary(r.replace(dropped=dropped), signals._signals(got[3], r), jnp.zeros(2))
+    found = jax.jit(signals.summary)(r.replace(dropped=dropped), signals._signals(got[3], r), jnp.zeros(2))
     assert found["dropped"] == pytest.approx(2 / 7)
     # Whoever is dropped has no surprise and causes none; all others as if it had been idle.
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(grads), strict=True):

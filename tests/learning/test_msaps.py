@@ -1,6 +1,7 @@
 """M-SAPS part by part: directions, quantiles, clusters, protection, decay, gate regression, rebirth."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from tinyonn_jax.learning.rule import MetaState
 from tinyonn_jax.learning.signals import Signals
 
 N, D, M = 24, 5, 6
+apply = jax.jit(spl.apply, static_argnames="cfg")
+shape = jax.jit(shape_layer, static_argnames="attract")
 
 
 def setup(cost="bias", seed=0, modules=M, x=None):
@@ -33,7 +36,7 @@ def setup(cost="bias", seed=0, modules=M, x=None):
     params = base.init(jax.random.key(seed), spl.spec(cfg))
     params = params.replace(router=params.router.replace(proto=jax.random.normal(jax.random.key(seed + 1), (modules, D))))
     x = jax.random.normal(jax.random.key(seed + 2), (N, D)) if x is None else x
-    routing = spl.apply(params, x, cfg)[1]
+    routing = apply(params, x, cfg=cfg)[1]
     zero = jnp.zeros(routing.weight.shape)
     surprise = jnp.arange(float(modules))
     return params, routing, Signals(zero, zero, zero, surprise, surprise)
@@ -66,24 +69,25 @@ def test_signs_by_hand():
 
 def test_a_step_moves_good_prototypes_towards_their_anchors_and_bad_ones_away():
     params, routing, signals = setup()
-    anchor, count = anchors(routing)
-    sign = shape_layer(params.router, routing, signals)["sign"]
+    anchor, count = jax.jit(anchors)(routing)
+    sign = shape(params.router, routing, signals)["sign"]
     assert {-1.0, 1.0} <= set(sign.tolist()) and (count > 0).all()
-    gradient = jax.grad(objective(msaps(regress=False), params, routing, signals))(params.router)
-    before = cosine(params.router.proto, anchor)
-    after = cosine(params.router.proto - 0.01 * gradient.proto, anchor)
-    np.testing.assert_array_equal(jnp.sign(jnp.round(after - before, 6)), -sign)
+    gradient = jax.jit(jax.grad(objective(msaps(regress=False), params, routing, signals)))(params.router)
+    near = jax.jit(cosine)
+    before, after = near(params.router.proto, anchor), near(params.router.proto - 0.01 * gradient.proto, anchor)
+    np.testing.assert_array_equal(np.sign(np.round(np.asarray(after) - np.asarray(before), 6)), -np.asarray(sign))
     assert not gradient.gate.any()
 
 
 def test_proto_surprise_is_the_norm_of_the_prototype_gradient():
     params, routing, signals = setup()
-    gradient = jax.grad(objective(msaps(regress=False), params, routing, signals))(params.router)
-    shaped = shape_layer(params.router, routing, replace(signals, module_param=jnp.arange(M) * 1e-9))
+    gradient = jax.jit(jax.grad(objective(msaps(regress=False), params, routing, signals)))(params.router)
+    shaped = shape(params.router, routing, replace(signals, module_param=jnp.arange(M) * 1e-9))
     norm = jnp.linalg.norm(gradient.proto, axis=-1)
     np.testing.assert_allclose(shaped["total"], norm / norm.max(), atol=1e-5)
 
 
+@partial(jax.jit, static_argnames="local")
 def cluster_run(local: bool):
     """Four prototypes on two clusters of inputs, all good; cosine of each prototype with both centres after 60 steps."""
     centres = jnp.array([[1.0, 0, 0, 0, 0], [0, 1.0, 0, 0, 0]])
@@ -92,17 +96,19 @@ def cluster_run(local: bool):
     cfg = spl.Config(D, RouterConfig(4, 0, select="hard"))
     params = base.init(jax.random.key(2), spl.spec(cfg))
     gate = jnp.full(4, 0.5)
-    for _ in range(60):
+
+    def step(_, proto):
         routing = spl.apply(params.replace(router=params.router.replace(proto=proto, gate=gate)), x, cfg)[1]
         anchor = anchors(routing)[0] if local else jnp.broadcast_to(x.mean(0), (4, D))
-        proto = proto + 0.1 * jax.grad(lambda p: jnp.sum(cosine(p, anchor)))(proto)  # noqa: B023
+        return proto + 0.1 * jax.grad(lambda p: jnp.sum(cosine(p, anchor)))(proto)
+
+    proto = jax.lax.fori_loop(0, 60, step, proto)
     return cosine(proto[:, None], jnp.broadcast_to(centres, (4, 2, D)))
 
 
 def test_local_anchors_separate_two_clusters_and_one_global_anchor_does_not():
-    apart = cluster_run(local=True)
-    assert jnp.argmax(apart, -1).tolist() == [0, 0, 1, 1] and (apart.max(-1) - apart.min(-1)).min() > 0.6
-    together = cluster_run(local=False)
+    apart, together = np.asarray(cluster_run(local=True)), np.asarray(cluster_run(local=False))
+    assert np.argmax(apart, -1).tolist() == [0, 0, 1, 1] and (apart.max(-1) - apart.min(-1)).min() > 0.6
     assert (together.max(-1) - together.min(-1)).max() < 0.3
 
 
@@ -189,11 +195,11 @@ def test_the_dead_are_reborn_near_the_living():
 def test_every_part_can_be_switched_off():
     params, routing, signals = setup("linear")
     off = msaps(attract=False, regress=False, protect=False, l2=0.0, renew=0.0)
-    gradient = jax.grad(objective(off, params, routing, signals))(params.router)
+    gradient = jax.jit(jax.grad(objective(off, params, routing, signals)))(params.router)
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
-    total = shape_layer(params.router, routing, signals, attract=False)["total"]
+    total = shape(params.router, routing, signals, attract=False)["total"]
     np.testing.assert_allclose(total, drln(signals.module_param), rtol=1e-6)  # no surprise of a loss that is not there
-    assert jnp.abs(total - shape_layer(params.router, routing, signals)["total"]).max() > 0.1
+    assert jnp.abs(total - shape(params.router, routing, signals)["total"]).max() > 0.1
     grads = jax.tree.map(jnp.ones_like, params)
     after = off.adjust(grads, params, {}, {}, state(params))
     jax.tree.map(np.testing.assert_array_equal, after, grads)
@@ -201,9 +207,11 @@ def test_every_part_can_be_switched_off():
 
 def test_types_stay_where_x64_is_on():
     """Prototypes keep their type through protection and rebirth, whatever JAX's default is; so do taps."""
+    shaped = jax.ShapeDtypeStruct
     with jax.enable_x64(True):
-        assert protection(jnp.ones(4, jnp.float32), jnp.float32(0.5), 0.5).dtype == jnp.float32
+        held = jax.eval_shape(lambda gate, tau: protection(gate, tau, 0.5), shaped((4,), jnp.float32), shaped((), jnp.float32))
+        assert held.dtype == jnp.float32
         for dtype in (jnp.bfloat16, jnp.float32):
-            assert reborn(jnp.ones((4, 2), dtype), jnp.arange(4) == 0, jax.random.key(0))[0].dtype == dtype
-        routing = given(jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 1), bool), 4)
-        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(tap.zeros(routing)))
+            assert jax.eval_shape(reborn, shaped((4, 2), dtype), shaped((4,), bool), jax.random.key(0))[0].dtype == dtype
+        slots = jax.eval_shape(lambda: tap.zeros(given(jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 1), bool), 4)))
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(slots))

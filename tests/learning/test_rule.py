@@ -96,14 +96,15 @@ def test_a_step_down_the_load_balance_evens_the_weights():
     cfg = RouterConfig(4, 2, isolate=False)
     x = jnp.asarray(np.abs(rng.normal(size=(32, 3))), jnp.float32)
     router = Router(jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), jnp.array([-2.0, 0, 0, 1.0]))  # module 0 far too cheap
-    routing = jax.jit(route, static_argnums=2)(router, x, cfg)
+    routed = jax.jit(route, static_argnums=2)
+    routing = routed(router, x, cfg)
     rule = backprop(0.5)
     objective = jax.jit(jax.value_and_grad(lambda r, routing: rule.objective({"a": r}, {"a": routing}, {}, META), has_aux=True))
     (loss, metrics), grads = objective(router, routing)
     assert float(loss) == pytest.approx(0.5 * float(metrics["loss_balance"])) and float(loss) > 0.5
     assert grads.gate[0] < 0 < grads.gate[1]  # descending raises the price of the module that has too much
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, router, grads)
-    assert float(objective(moved, route(moved, x, cfg))[0][0]) < float(loss)
+    assert float(objective(moved, routed(moved, x, cfg))[0][0]) < float(loss)
 
 
 def test_rules_without_an_objective_of_their_own():

@@ -109,10 +109,11 @@ def test_one_slot_a_group_is_judged_by_the_batch():
     one = replace(routing.config, slots=1)
     single = replace(routing, config=one, **{k: getattr(routing, k)[:, ::2] for k in ("index", "weight", "active")})
     less = lambda s: replace(s, **{k: getattr(s, k)[:, ::2] for k in ("output", "attribution", "param")})  # noqa: E731
-    good = goodness(single, less(signals), "token")
-    np.testing.assert_array_equal(good, goodness(single, less(signals), "module"))
+    judged = jax.jit(goodness, static_argnums=2)
+    good = judged(single, less(signals), "token")
+    np.testing.assert_array_equal(good, judged(single, less(signals), "module"))
     other = replace(signals, module_param=signals.module_param[::-1])
-    assert np.any(good > 0) and np.any(good < 0) and not np.allclose(good, goodness(single, less(other), "token"))
+    assert np.any(good > 0) and np.any(good < 0) and not np.allclose(good, judged(single, less(other), "token"))
 
 
 def compiled(granularity: Granularity, sign: Literal["bayes", "reinforce"], **options):
@@ -261,12 +262,13 @@ def test_imbalance_by_hand():
     routing = Routing(zeros, index, active.astype(jnp.float32), active, jnp.zeros((2, 3, 1)), valid, jnp.zeros((2, 3), bool), cfg)
     odds = jnp.asarray([[3.0, 1.0], [1.0, 1.0]])  # of module 0 over 1, and of 2 over 3
     prior = jnp.broadcast_to(jnp.log(odds), (2, 3, 2, 2)).at[:, 2].set(70.0)
+    found = jax.jit(imbalance)
     # Group 0: p = (3/4, 1/4), load (1, 0) and (1/2, 1/2), in all (3/4, 1/4); group 1: all even, which is 1.
     shared, apart = jnp.zeros((4, 5)), jnp.zeros((2, 4, 5))
-    assert float(imbalance(prior, routing, shared)) == pytest.approx(np.mean([2 * (9 + 1) / 16, 1]))
-    assert float(imbalance(prior, routing, apart)) == pytest.approx(np.mean([2 * 3 / 4, 1, 1, 1]))
+    assert float(found(prior, routing, shared)) == pytest.approx(np.mean([2 * (9 + 1) / 16, 1]))
+    assert float(found(prior, routing, apart)) == pytest.approx(np.mean([2 * 3 / 4, 1, 1, 1]))
     silent = routing.replace(active=active.at[..., 1].set(False))  # group 1 serves nobody: no better than even
-    assert float(imbalance(prior, silent, shared)) == pytest.approx(np.mean([2 * (9 + 1) / 16, 1]))
+    assert float(found(prior, silent, shared)) == pytest.approx(np.mean([2 * (9 + 1) / 16, 1]))
 
 
 @partial(jax.jit, static_argnames=("balance", "centre", "steps"))

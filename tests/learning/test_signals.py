@@ -25,6 +25,7 @@ def tapped(param):
 
 
 PARAM = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 0.0], [0.0, 0.0]])
+summary = jax.jit(signals.summary)
 SIGNALS = signals.read({"a": tapped(PARAM)}, {"a": ROUTING})["a"]
 
 
@@ -38,7 +39,7 @@ def test_read_takes_roots_and_sums_squares_over_the_tokens_of_a_module():
 
 
 def test_summary_by_hand():
-    found = signals.summary(ROUTING, SIGNALS, jnp.zeros(3))
+    found = summary(ROUTING, SIGNALS, jnp.zeros(3))
     load = np.array([2, 3, 0]) / 5
     np.testing.assert_allclose(found["load"], load, rtol=1e-6)
     expected = {
@@ -61,9 +62,9 @@ def test_gating_accuracy_counts_each_group_and_is_nan_without_a_choice():
     param = jnp.array([[1.0, 2.0, 4.0, 3.0], [2.0, 1.0, 1.0, 9.0]])
     taps = Tap(param**2, param**2, param**2, jnp.zeros(4))
     read = signals.read({"a": taps}, {"a": routing})["a"]
-    assert float(signals.summary(routing, read, jnp.zeros(4))["gating_acc"]) == 0.5
+    assert float(summary(routing, read, jnp.zeros(4))["gating_acc"]) == 0.5
     alone = routing.replace(active=jnp.array([[True, False, True, False]] * 2))
-    assert np.isnan(signals.summary(alone, read, jnp.zeros(4))["gating_acc"])
+    assert np.isnan(summary(alone, read, jnp.zeros(4))["gating_acc"])
 
 
 def test_who_has_no_surprise_or_did_not_run_is_not_right():
@@ -72,7 +73,7 @@ def test_who_has_no_surprise_or_did_not_run_is_not_right():
     def found(param, dropped):
         tap = Tap(param**2, param**2, param**2, jnp.zeros(2))
         lost = routing.replace(dropped=jnp.array(dropped))
-        return signals.summary(lost, signals.read({"a": tap}, {"a": lost})["a"], jnp.zeros(2))
+        return summary(lost, signals.read({"a": tap}, {"a": lost})["a"], jnp.zeros(2))
 
     none = [[False, False]] * 3
     # Token 0 is right, token 1 wrong; token 2 feels nothing, as a prompt does after the last attention.
@@ -88,7 +89,7 @@ def test_modules_of_stacked_blocks_are_told_apart():
     blocks = [hand_made([[m], [m + 1]], np.ones((2, 1)), np.ones((2, 1), bool), 4) for m in (0, 2)]
     both = jax.tree.map(lambda *x: jnp.stack(x), *blocks)
     tap = Tap(*[jnp.ones((2, 2, 1))] * 3, jnp.ones((2, 4)))
-    found = signals.summary(both, signals.read({"a": tap}, {"a": both})["a"], jnp.zeros((2, 4)))
+    found = summary(both, signals.read({"a": tap}, {"a": both})["a"], jnp.zeros((2, 4)))
     assert (int(found["dead_modules"]), float(found["usage_entropy"]), float(found["max_load"])) == (4, 0.5, 2)
     np.testing.assert_allclose(found["load"], [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
     np.testing.assert_allclose(found["active_share_by_block"], [0.25, 0.25])
@@ -106,7 +107,7 @@ def test_recursions_lead_and_are_pooled_in_the_summary():
     np.testing.assert_allclose(
         read.module_output, by_module(4 * np.square(np.stack([PARAM, 0 * PARAM])), both).sum(1) ** 0.5, rtol=1e-6
     )
-    found = signals.summary(both, read, jnp.zeros(3))
+    found = summary(both, read, jnp.zeros(3))
     assert float(found["active_share"]) == pytest.approx(5 / 18)
     np.testing.assert_allclose(found["load"], [0.4, 0.6, 0], rtol=1e-6)
 
@@ -114,7 +115,7 @@ def test_recursions_lead_and_are_pooled_in_the_summary():
 def test_an_empty_batch_has_finite_shares():
     nobody = ROUTING.replace(active=jnp.zeros_like(ROUTING.active), valid=jnp.zeros_like(ROUTING.valid))
     zero = jax.tree.map(jnp.zeros_like, SIGNALS)
-    found = signals.summary(nobody, zero, jnp.zeros(3))
+    found = summary(nobody, zero, jnp.zeros(3))
     assert all(np.all(np.isfinite(value)) for name, value in found.items() if name != "gating_acc")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from functools import cache
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,26 +11,33 @@ import optax
 import pytest
 
 from tests.models import tiny
-from tinyonn_jax.config import Config, LearningConfig
+from tinyonn_jax.config import Config, LearningConfig, MeshConfig
 from tinyonn_jax.layers import base, spl, tap
 from tinyonn_jax.layers.routing import RouterConfig
 from tinyonn_jax.learning import sars
 from tinyonn_jax.learning import signals as surprise
 from tinyonn_jax.learning.rule import layers
 from tinyonn_jax.models import transformer
+from tinyonn_jax.training import sharding
 from tinyonn_jax.training.objective import make_loss, make_rule
 from tinyonn_jax.training.optim import names
 from tinyonn_jax.training.state import TrainState
 from tinyonn_jax.training.step import gradients, make_train_step
 
-BATCH = tiny.batch()
+BATCH = tiny.batch(8)
+DEPTH = 3
+ONE = MeshConfig(data=1)
 ROLES = ["attention.q", "attention.k", "attention.v", "attention.o", "feedforward.first", "feedforward.second"]
 
 
+def config(kind):
+    return tiny.config(kind, depth=DEPTH, recursed=False)
+
+
 def setup(kind, rule):
-    config = Config(model=tiny.config(kind, depth=3, recursed=False), learning=LearningConfig(rule=rule))
-    learning = make_rule(config)
-    loss, params = make_loss(config, learning), tiny.params(config.model)
+    whole = Config(model=config(kind), learning=LearningConfig(rule=rule))
+    learning = make_rule(whole)
+    loss, params = make_loss(whole, learning), tiny.params(whole.model)
     meta = learning.init(params, jax.eval_shape(loss, params, None, BATCH)[1].routings)
     return loss, learning, params, meta
 
@@ -41,15 +49,34 @@ def main_gradients(kind):
     return jax.jit(jax.grad(lambda p: loss(p, None, BATCH)[0]))(params)
 
 
+@cache
+def found(kind, rule, devices=ONE):
+    """Gradients of both losses, routings, signals and metrics."""
+    loss, learning, params, meta = setup(kind, rule)
+    assert learning.isolate
+    mesh, spec = sharding.make_mesh(devices), transformer.spec(config(kind), tiny.TASKS)
+    placed = jax.device_put(params, sharding.state_shardings(mesh, spec, spec))
+    assert len(placed.head.sharding.device_set) == mesh.size
+    return jax.jit(lambda p, b: gradients(loss, learning, p, meta, b))(placed, sharding.shard_batch(mesh, BATCH))
+
+
+def test_eight_devices_give_the_gradients_and_signals_of_one():
+    one, many = found("dfc", "msaps"), found("dfc", "msaps", MeshConfig(data=4, fsdp=2))
+    for name, routing in one[1].items():
+        np.testing.assert_array_equal(routing.active, many[1][name].active)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one[0]), jax.tree.leaves(many[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max(), err_msg=jax.tree_util.keystr(path))
+    chex.assert_trees_all_close(*jax.device_get((one[2], many[2])), rtol=1e-4, atol=1e-5)
+    for loss in ("main_loss", "meta_loss"):
+        assert float(one[3][loss]) == pytest.approx(float(many[3][loss]), rel=1e-6)
+
+
 @pytest.mark.parametrize("rule", ["sars", "msaps"])
 @pytest.mark.parametrize("kind", ["dfc", "dfc_hard"])
 def test_isolation_and_every_router_parameter_learns(kind, rule):
     """The main loss gives every router exactly nothing and every neuron something; the meta loss the other way round."""
-    loss, learning, params, meta = setup(kind, rule)
-    assert [name.removeprefix("block.") for name in layers(params)] == ROLES
-    main = main_gradients(kind)
-    assert learning.isolate
-    both, *_ = jax.jit(lambda p: gradients(loss, learning, p, meta, BATCH))(params)
+    main, both = main_gradients(kind), found(kind, rule)[0]
+    assert [name.removeprefix("block.") for name in layers(main)] == ROLES
     for (path, of_main), of_both in zip(jax.tree_util.tree_leaves_with_path(main), jax.tree.leaves(both), strict=True):
         words = names(path)
         if "router" in words:
@@ -58,6 +85,19 @@ def test_isolation_and_every_router_parameter_learns(kind, rule):
                 assert layer.any(), words
         elif rule == "sars":
             np.testing.assert_allclose(of_main, of_both, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["sars", "msaps"])
+def test_stacked_blocks_are_measured_one_by_one(rule):
+    _, routings, _, metrics = found("dfc", rule)
+    for name, layer in metrics["layers"].items():
+        valid, active = np.asarray(routings[name].valid), np.asarray(routings[name].active)
+        share = active.sum((-2, -1)) / valid.sum(-1) / active.shape[-1]
+        np.testing.assert_allclose(layer["active_share_by_block"], share, rtol=1e-5)
+        assert layer["load"].shape == (DEPTH, active.shape[-1])
+        for what in ("good_share", "bad_share"):
+            assert float(layer[what]) == pytest.approx(float(np.mean(layer[f"{what}_by_block"])), rel=1e-5)
+        assert float(layer["kl"]) == pytest.approx(float(np.sum(layer["kl_by_block"])), rel=1e-5)
 
 
 def test_streams_join_layers_of_one_role_only():

@@ -45,7 +45,7 @@ def step(mesh_cfg: MeshConfig):
     return compiled(params, batch), compiled.as_text()
 
 
-@pytest.mark.parametrize("mesh", [ALL, SENDING, MeshConfig(1, 1, 8)], ids=str)
+@pytest.mark.parametrize("mesh", [ALL, SENDING, MeshConfig(1, 1, 8), MeshConfig(4, 2, 1)], ids=str)
 def test_every_gradient_and_signal_is_that_of_one_device(mesh):
     (want, _), (got, _) = step(MeshConfig(1)), step(mesh)
     grads, routings, *rest = got

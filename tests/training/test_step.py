@@ -10,16 +10,12 @@ import optax
 import pytest
 
 from tests.layers.naive import make
-from tests.models import tiny
-from tinyonn_jax.config import Config, MeshConfig, OptimConfig
+from tinyonn_jax.config import OptimConfig
 from tinyonn_jax.layers import dynmoe
 from tinyonn_jax.layers.routing import RouterConfig
 from tinyonn_jax.learning import backprop, msaps, none, sars
 from tinyonn_jax.learning.msaps import protection
 from tinyonn_jax.learning.rule import initial, without_routers
-from tinyonn_jax.models import transformer
-from tinyonn_jax.training import sharding
-from tinyonn_jax.training.objective import make_loss
 from tinyonn_jax.training.optim import make_optimizer
 from tinyonn_jax.training.state import TrainState
 from tinyonn_jax.training.step import Aux, _norm, _renewed, gradients, make_train_step
@@ -310,51 +306,6 @@ def test_rule_none_leaves_routers_bit_identical_and_backprop_moves_them(name):
         assert np.array_equal(a, b) == (name == "none")
     chex.assert_trees_all_equal(copy(state).ema, copy(state).params)  # no averaging asked for
     assert ("loss_balance" in metrics) == (name == "backprop")
-
-
-@pytest.mark.parametrize(
-    ("cfg", "rule"), [(tiny.config(recursion_embedding=True), sars()), (tiny.config("dfc", recursed=False), msaps())]
-)
-def test_eight_devices_give_the_gradients_and_signals_of_one(cfg, rule):
-    loss_fn = make_loss(Config(model=cfg), rule)
-    spec, params = transformer.spec(cfg, tiny.TASKS), tiny.params(cfg)
-    batch = tiny.batch(8)
-    meta = rule.init(params, jax.eval_shape(loss_fn, params, None, batch)[1].routings)
-
-    @jax.jit
-    def run(params, batch):
-        grads, routings, signals, metrics = gradients(loss_fn, rule, params, meta, batch)
-        return grads, signals, metrics, {name: (r.slots, r.active) for name, r in routings.items()}
-
-    def on(mesh_config):
-        mesh = sharding.make_mesh(mesh_config)
-        placed = jax.device_put(params, sharding.state_shardings(mesh, spec, spec))
-        assert len(placed.head.sharding.device_set) == mesh.size
-        return copy(run(placed, sharding.shard_batch(mesh, batch)))
-
-    one, many = on(MeshConfig(data=1)), on(MeshConfig(data=4, fsdp=2))
-    chex.assert_trees_all_equal(one[3], many[3])
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one[0]), jax.tree.leaves(many[0]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max(), err_msg=jax.tree_util.keystr(path))
-    chex.assert_trees_all_close(one[1], many[1], rtol=1e-4, atol=1e-5)
-    assert float(one[2]["main_loss"]) == pytest.approx(float(many[2]["main_loss"]), rel=1e-6)
-    assert float(one[2]["meta_loss"]) == pytest.approx(float(many[2]["meta_loss"]), rel=1e-6)
-
-
-@pytest.mark.parametrize("rule", [sars(), msaps()], ids=["sars", "msaps"])
-def test_stacked_blocks_are_measured_one_by_one(rule):
-    cfg = tiny.config("dfc", recursed=False)
-    loss_fn, params, batch = make_loss(Config(model=cfg), rule), tiny.params(cfg), tiny.batch(4)
-    meta = rule.init(params, jax.eval_shape(loss_fn, params, None, batch)[1].routings)
-    _, routings, _, metrics = jax.jit(lambda p, b: gradients(loss_fn, rule, p, meta, b))(params, batch)
-    for name, layer in metrics["layers"].items():
-        valid, active = np.asarray(routings[name].valid), np.asarray(routings[name].active)
-        share = active.sum((-2, -1)) / valid.sum(-1) / active.shape[-1]
-        np.testing.assert_allclose(layer["active_share_by_block"], share, rtol=1e-5)
-        assert layer["load"].shape == (cfg.depth, active.shape[-1])
-        for what in ("good_share", "bad_share"):
-            assert float(layer[what]) == pytest.approx(float(layer[f"{what}_by_block"].mean()), rel=1e-5)
-        assert float(layer["kl"]) == pytest.approx(float(layer["kl_by_block"].sum()), rel=1e-5)
 
 
 class Two(NamedTuple):
