@@ -47,12 +47,12 @@ def _unchanged(grads, params, routings, signals, meta):
 class LearningRule(NamedTuple):
     """What a rule does at each point of a step.
 
-    `init(params, routings)` → state; `objective` → the routers' own loss; `adjust(grads, params, …)` → gradients after gating or
-    decay; `restrain(updates, params, …)` → what the optimizers make of them, after gating or protection (AdamW and Muon divide by
-    a gradient's size, so that one made smaller moves its parameter as far); `update` → next state. `isolate` says what the model
-    must do: cut routers off the main loss (True), or let it teach them. `renew(params, state, key)` → params and state with some
-    prototypes made anew after the step, and for each layer a mask `[M]` of them, whose optimizer moments and average start again;
-    None for rules that never do.
+    `init(params, routings)` → state, of routings or of what `jax.eval_shape` tells of them; `objective` → the routers' own loss;
+    `adjust(grads, params, …)` → gradients after gating or decay; `restrain(updates, params, …)` → what the optimizers make of
+    them, after gating or protection (AdamW and Muon divide by a gradient's size, so that one made smaller moves its parameter as
+    far); `update` → next state. `isolate` says what the model must do: cut routers off the main loss (True), or let it teach
+    them. `renew(params, state, key)` → params and state with some prototypes made anew after the step, and for each layer a mask
+    `[M]` of them, whose optimizer moments and average start again; None for rules that never do.
     """
 
     init: Callable[[Any, Routings], MetaState]
