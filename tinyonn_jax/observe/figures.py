@@ -361,7 +361,7 @@ def _prototypes(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> 
 
 EXPERT_PANELS: tuple[tuple[str, Callable[[Axes, str, Sequence[Row], Routing], None]], ...] = (
     ("Router choices", _choices),
-    ("Lifetime activation rate", _lifetime),
+    ("Lifetime activation", _lifetime),
     ("Share of activations", _heat),
     ("Prototypes", _prototypes),
 )
