@@ -71,6 +71,15 @@ def test_goodness_that_no_rule_measured_is_not_called_bad():
     assert f"goodness: {NOT_MEASURED}" in said and "used" in said and "bad" not in said
 
 
+def test_prototypes_in_use_are_named_and_neighbours_share_a_label():
+    proto = np.array([[0, 0], [0.1, 0], [10, 0], [10, 0.1], [10, 0.2], [10, 0.3], [5, 9], [5, 0]])
+    routing = {"experts.proto": proto, "experts.load": np.array([1, 1, 1, 1, 1, 1, 1, 0]) / 7}
+    said = texts(expert_dashboard([], routing))
+    assert {"0, 1", "4 of them", "6"} <= set(said) and "7" not in said
+    routing["experts.load"] = np.zeros(8)
+    assert "6" not in texts(expert_dashboard([], routing))
+
+
 def test_only_the_last_block_of_many_is_shown():
     layer = {"load": [0.5, 0.5], "active_share": 1.0}
     layers = {f"{block}.{kind}": layer for block in range(3) for kind in ("attention", "feedforward")}

@@ -316,7 +316,7 @@ def _plane(points: Float[np.ndarray, "M D"]) -> tuple[Float[np.ndarray, "M 2"], 
     return flat, np.pad(size**2, (0, 2))[:2] / max(float((size**2).sum()), 1e-12)
 
 
-def _together(points: Float[np.ndarray, "M 2"], share: float = 0.08) -> list[list[int]]:
+def _together(points: Float[np.ndarray, "M 2"], share: float = 0.1) -> list[list[int]]:
     """Points by neighbourhood, so that one label can stand for all that would cover each other: each joins the first group whose
     first member is nearer than `share` of the extent."""
     near, groups = share * np.ptp(points, 0).max(), []
@@ -329,28 +329,20 @@ def _together(points: Float[np.ndarray, "M 2"], share: float = 0.08) -> list[lis
     return groups
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers in short: 0, 2–5, 7."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
-
-
 def _prototypes(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> None:
     points = _snapshot(routing, layer, "proto")
     if points is None:
         return empty(ax, "no routing snapshot yet")
     flat, explained = _plane(points)
+    named = np.zeros(len(points), bool)  # those in use
     for mask, label, colour, marker in _verdicts(routing, layer, len(points)):
         ax.scatter(*flat[mask].T, s=46, color=colour, marker=marker, edgecolor="white", linewidth=0.7, label=label, zorder=3)
-    if len(points) <= 16:
-        for members in _together(flat):
-            label, place = _ranges(members), {"xytext": (2, 5), "textcoords": "offset points"}
-            ax.annotate(label, flat[members[0]], **place, rotation=40, fontsize=7.5, color=INK)
+        named |= mask & (label != "inactive")
+    if len(points) <= 16 and named.any():
+        for group in _together(flat[named]):
+            members = np.flatnonzero(named)[group]
+            label = ", ".join(map(str, members)) if len(members) <= 3 else f"{len(members)} of them"
+            ax.annotate(label, tuple(flat[members[0]]), (2, 5), textcoords="offset points", rotation=40, fontsize=7.5, color=INK)
     ax.grid(axis="both", color=FAINT, linewidth=0.6)
     ax.margins(0.12)
     ax.set_aspect("equal", adjustable="datalim")  # distances mean something only on one scale
