@@ -216,9 +216,10 @@ def test_slots_and_modules_are_laid_out_into_each_other(name):
     by_slot = np.zeros((5, 4), np.float32)
     for n, k in zip(*np.nonzero(table.active), strict=True):
         by_slot[n, k] = values[n, table.index[n, k]]
-    np.testing.assert_array_equal(routing.per_slot(values, table), by_slot)
-    used = np.asarray(routing.per_module(jnp.ones((5, 4)), table))
-    np.testing.assert_array_equal(routing.per_module(jnp.asarray(by_slot), table), values * used)
+    per_slot, per_module = jax.jit(routing.per_slot), jax.jit(routing.per_module)
+    np.testing.assert_array_equal(per_slot(values, table), by_slot)
+    used = np.asarray(per_module(np.ones((5, 4), np.float32), table))
+    np.testing.assert_array_equal(per_module(by_slot, table), values * used)
     assert used.sum() == np.sum(table.active)
 
 

@@ -1,6 +1,7 @@
 """SPL against a loop over tokens and neurons in numpy float64, its taps against materialised gradients, and isolation."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import permutations
 
 import jax
@@ -38,6 +39,7 @@ def layer(cfg, seed=0):
 
 
 X = jax.random.normal(jax.random.key(9), (N, INPUTS))
+apply = jax.jit(spl.apply, static_argnames="cfg")
 
 
 def by_hand(params, x, cfg):
@@ -70,7 +72,7 @@ def by_hand(params, x, cfg):
 def test_the_seeds_equations(match, cost, select, activation):
     cfg = config(match, cost, select, activation)
     params = layer(cfg)
-    y, routing = spl.apply(params, X, cfg)
+    y, routing = apply(params, X, cfg)
     np.testing.assert_allclose(y, by_hand(params, X, cfg), atol=2e-6)
     assert 0.1 < float(jnp.mean(routing.active)) < 0.9
     np.testing.assert_array_equal(y == 0, ~routing.active)
@@ -210,17 +212,18 @@ def test_dynsiha_is_attention_of_spl_projections_and_causal(heads, output):
     assert not reach[jnp.triu_indices(t, 1)].any() and reach[jnp.tril_indices(t)].all()
 
 
+ROUTER = Router(jax.random.normal(jax.random.key(3), (6, INPUTS)).at[1].set(0).at[::3].set(X[0]), jnp.zeros(6))  # equals, too
+
+
 @pytest.mark.parametrize(("slots", "groups"), [(2, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("select", ["relu", "hard"])
 def test_a_limit_lets_the_best_of_each_group_pass(select, slots, groups):
-    free, limited = (RouterConfig(6, k, groups, select=select) for k in (0, slots))
-    router = Router(jax.random.normal(jax.random.key(3), (6, INPUTS)).at[1].set(0).at[::3].set(X[0]), jnp.zeros(6))  # equals, too
-    routing, want = route_all(router, X, limited), np.zeros((N, 6), bool)
-    logits = np.asarray(routing.logits)
+    free, limited = (jax.jit(partial(route_all, cfg=RouterConfig(6, k, groups, select=select)))(ROUTER, X) for k in (0, slots))
+    logits, want = np.asarray(limited.logits), np.zeros((N, 6), bool)
     for n in range(N):
         for group in np.split(np.arange(6), groups):
             for o in sorted(group, key=lambda o: -logits[n, o])[:slots]:
                 want[n, o] = logits[n, o] > 0
-    np.testing.assert_array_equal(routing.active, want)
-    np.testing.assert_array_equal(routing.weight, np.where(want, route_all(router, X, free).weight, 0))
-    assert 0 < want.sum() < route_all(router, X, free).active.sum()
+    np.testing.assert_array_equal(limited.active, want)
+    np.testing.assert_array_equal(limited.weight, np.where(want, free.weight, 0))
+    assert 0 < want.sum() < np.sum(free.active)
