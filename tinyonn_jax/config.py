@@ -355,7 +355,7 @@ class EvalConfig:
     finalists: int = 0
     """Candidates with most votes that are ranked anew, by their mean log-probability in every view; 0: votes decide alone."""
     batch: int = 64
-    """Sequences decoded side by side."""
+    """Sequences decoded side by side, and the most that are scored at once."""
     entropy_stop: float = 0.0
     """A token stops recursing once its output entropy is below this, in nats; 0 uses every recursion."""
     blank_task: bool = False

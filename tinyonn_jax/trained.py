@@ -50,10 +50,6 @@ class Trained:
     def _scorer(self) -> Callable[[Batch], Any]:
         return partial(assemble.make_scorer(self.run.config, self.mesh), self.params)
 
-    @cached_property
-    def _steps(self) -> Callable[[Batch], Any]:
-        return partial(assemble.make_steps(self.run.config, self.mesh), self.params)
-
     def answer(self, tasks: tuple[Task, ...], say: Say | None = None) -> submission.Predictions:
         """Answers every test input of `tasks` as `run.config.eval` says, many processes together; `say` reports progress."""
         return answer(
@@ -92,7 +88,8 @@ class Trained:
     def per_recursion(self, tasks: tuple[Task, ...]) -> list[float] | None:
         """The share of test outputs that greedy decoding has right after each recursion; None if no output is known."""
         config = self.run.config
-        shares = exact_per_recursion(self._steps, tasks, self.run.sets.task_ids, config.data, config.eval)
+        exact_fn, multiple = partial(assemble.make_exact(config, self.mesh), self.params), sharding.row_shards(self.mesh)
+        shares = exact_per_recursion(exact_fn, tasks, self.run.sets.task_ids, config.data, config.eval, multiple)
         return None if np.isnan(shares[0]) else shares
 
 
@@ -141,7 +138,7 @@ def load(run: Run, checkpoint: Which, say: Say) -> Trained:
 def evaluate(run: Run, checkpoint: Which) -> dict[str, Any] | None:
     """Answers every evaluated test input, writes predictions.json, submission.json and score.json, and returns the score.
 
-    They are written as soon as there are answers, and again when finalists are ranked and recursions measured. Of many
+    They are written as soon as there are answers, when finalists are ranked, and when recursions are measured. Of many
     processes each answers its share, on a mesh of its own devices; the first alone writes and says what it does, and the others
     return None. The score's `speed` counts the sequences of all and the seconds from the first prompt to the last answer,
     compilation included.
@@ -173,10 +170,9 @@ def evaluate(run: Run, checkpoint: Which) -> dict[str, Any] | None:
     predictions = trained.ranked(predictions, run.sets.evaluation, say)
     for line in predictions.too_long:
         say(line)
-    facts: dict[str, Any] = {}
+    score = save(eval=asdict(run.config.eval))
     if run.config.model.recursed and not process:
-        facts["greedy_per_recursion"] = trained.per_recursion(run.sets.evaluation)
-    score = save(eval=asdict(run.config.eval), **facts)
+        score = save(eval=asdict(run.config.eval), greedy_per_recursion=trained.per_recursion(run.sets.evaluation))
     meet("score")
     return score
 

@@ -9,7 +9,7 @@ from tests.arc.test_evaluate import DATA, EVAL, IDS, TASKS, plain
 from tinyonn_jax.arc import generate, tokens
 from tinyonn_jax.arc.augment import Augmentation, views
 from tinyonn_jax.arc.batches import Batch, Query, prompts
-from tinyonn_jax.arc.forced import exact, exact_per_recursion, exact_per_step, ranked
+from tinyonn_jax.arc.forced import exact, exact_per_recursion, ranked
 from tinyonn_jax.arc.submission import Prediction, Predictions
 from tinyonn_jax.arc.tasks import Pair, Task
 from tinyonn_jax.arc.tokens import END, ROW, VOCAB
@@ -44,9 +44,8 @@ def test_exact_by_hand():
     neither = said([2, 3, 0, 9], [6, 7, 0, 9], [9] * 4)
     assert exact(right, batch).tolist() == [True, True, True]
     assert exact(half, batch).tolist() == [True, False, True]
-    steps = iter([jnp.stack([neither, right]), jnp.stack([half, right])])
-    assert exact_per_step(lambda _: next(steps), [batch] * 2) == [1 / 4, 1]
-    assert np.isnan(exact_per_step(lambda b: right[None], [])).all()
+    steps = jnp.stack([neither, half, right])
+    assert exact(steps, batch).tolist() == [[False, False, True], [True, False, True], [True, True, True]]
 
 
 @pytest.mark.parametrize("kind", ["dense", "dyntrm"])
@@ -66,11 +65,12 @@ def test_what_is_decoded_with_a_cache_is_exact_when_teacher_forced(kind):
         said[numbers] = found.tokens  # two rows of the cache served three prompts each
     assert len(np.unique(said)) > 3
     batch = written(asked, said)
-    forward = jax.jit(lambda batch: transformer.apply(params, batch, cfg, steps=True))
-    assert exact_per_step(lambda b: forward(b).steps, [batch])[-1] == 1
+    forward = jax.jit(lambda batch: transformer.apply(params, batch, cfg))
+    assert np.all(exact(forward(batch).logits, batch))
     for row, at in enumerate([0, 1, 2, 3, 5, 8, 10, 11]):
         said[row, at] = (said[row, at] + 1) % 10
-    assert exact_per_step(lambda b: forward(b).steps, [written(asked, said)])[-1] == 0
+    batch = written(asked, said)
+    assert not np.any(exact(forward(batch).logits, batch))
 
 
 def written(asked, said):
@@ -105,18 +105,17 @@ def test_exact_per_recursion_scores_the_known_test_outputs():
     large = Task("large", TASKS[0].train, (Pair(plain(9, 9, 2), plain(2, 2, 2)),))
     batches = []
 
-    def forward(batch):
+    def known(batch):
         batches.append(batch)
-        told = jax.nn.one_hot(np.roll(batch.tokens, -1, 1), VOCAB)
-        return jnp.stack([told, jnp.where((batch.task == 1)[:, None, None], told, 0)])
+        return np.stack([batch.length >= 0, (batch.task == 1) | (batch.length == 0)])
 
-    shares = exact_per_recursion(forward, [*TASKS, hidden, large], IDS, DataConfig(buckets=(13, 16)), EvalConfig(batch=2))
+    shares = exact_per_recursion(known, [*TASKS, hidden, large], IDS, DataConfig(buckets=(13, 16)), EvalConfig(batch=3), 2)
     assert shares == pytest.approx([5 / 6, 1 / 6])
-    assert all(batch.tokens.shape[0] == 2 for batch in batches)
+    assert {batch.tokens.shape for batch in batches} == {(4, 13)}, "three, rounded up to what divides by two"
     assert sum(int((batch.length > 0).sum()) for batch in batches) == 5
     assert {int(t) for batch in batches for t in batch.task[batch.length > 0]} == {0, 1, 2, -1}
-    assert np.isnan(exact_per_recursion(forward, [hidden], IDS, DATA, EVAL)[0])
-    assert exact_per_recursion(forward, [large], IDS, DataConfig(buckets=(13, 16)), EVAL) == [0], "known, and none fits"
+    assert np.isnan(exact_per_recursion(known, [hidden], IDS, DATA, EVAL)[0])
+    assert exact_per_recursion(known, [large], IDS, DataConfig(buckets=(13, 16)), EVAL) == [0], "known, and none fits"
 
 
 # --- finalists ------------------------------------------------------------------------------------------------------------

@@ -271,7 +271,7 @@ def test_answers_are_kept_when_what_follows_fails_and_views_that_were_not_learne
         here(monkeypatch, "evaluate", "--workdir", copy, "--finalists", "2")
     assert "one view instead of 4" in capsys.readouterr().out
     score = json.loads((copy / "score.json").read_text())
-    assert score["eval"]["augmentations"] == score["augmentations"] == 1 and score["eval"]["finalists"] == 0
+    assert score["eval"]["augmentations"] == score["augmentations"] == 1 and score["eval"]["finalists"] == 2
     assert (copy / "submission.json").exists() and (copy / "predictions.json").exists()
 
 

@@ -6,7 +6,7 @@ Franzen et al. (2025, arXiv 2505.07859).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby, islice
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.arc.augment import Augmentation, views
-from tinyonn_jax.arc.batches import Batch, Query, answered, bucket_for, query_length, round_up, rows_of
+from tinyonn_jax.arc.batches import Batch, Query, answered, batch_size, bucket_for, query_length, round_up, rows_of
 from tinyonn_jax.arc.submission import Prediction, Predictions
 from tinyonn_jax.arc.tasks import Task
 from tinyonn_jax.config import DataConfig, EvalConfig
@@ -30,26 +30,18 @@ def exact(logits: Float[Array, "*R B T V"], batch: Batch) -> Bool[Array, "*R B"]
     return jnp.all(right | (batch.loss_mask[:, :-1] == 0), -1)
 
 
-def exact_per_step(apply_fn: Callable[[Batch], Array], batches: Iterable[Batch]) -> list[float]:
-    """The share in [0, 1] of sequences with every output token right after each recursion; one NaN for no sequences.
-
-    `apply_fn` gives logits `[R,B,T,V]`.
-    """
-    right, sequences = np.zeros(1), 0
-    for batch in batches:
-        real = np.asarray(batch.length) > 0
-        right = right + np.sum(np.asarray(exact(apply_fn(batch), batch)) & real, -1)
-        sequences += int(real.sum())
-    return (right / sequences if sequences else right + np.nan).tolist()
-
-
 def exact_per_recursion(
-    apply_fn: Callable[[Batch], Array], tasks: Sequence[Task], task_ids: Sequence[str], data: DataConfig, cfg: EvalConfig
+    exact_fn: Callable[[Batch], Bool[Array, "R B"]],
+    tasks: Sequence[Task],
+    task_ids: Sequence[str],
+    data: DataConfig,
+    cfg: EvalConfig,
+    multiple: int = 1,
 ) -> list[float]:
     """The share of known test outputs that the greedy answer would have right after 1, …, R recursions, without augmentation.
 
-    If the first already has what the last has, recursion is not earning its cost. `apply_fn` gives logits `[R,B,T,V]`. What fits
-    no bucket counts as wrong. NaN if no output is known.
+    If the first already has what the last has, recursion is not earning its cost. `exact_fn` says after which recursions a
+    batch's sequences are `exact`; its rows divide by `multiple`. What fits no bucket counts as wrong. NaN if no output is known.
     """
     rows = rows_of(task_ids, cfg.blank_task)
     known = [
@@ -59,20 +51,23 @@ def exact_per_recursion(
         if test.output is not None
     ]
     fitting = [query for query in known if query_length(query, data.format, answer=True) <= data.buckets[-1]]
-    if known and not fitting:
-        return [0.0]
-    shares = exact_per_step(apply_fn, (batch for _, batch in _batches(fitting, cfg.batch, data)))
-    return [share * len(fitting) / max(len(known), 1) for share in shares]
+    right = np.zeros(1)
+    for numbers, batch in _batches(fitting, data, cfg, multiple):
+        right = right + np.sum(np.asarray(exact_fn(batch))[:, : len(numbers)], -1)
+    return (right / len(known) if known else right + np.nan).tolist()
 
 
-def _batches(queries: Sequence[Query], rows: int, data: DataConfig) -> Iterator[tuple[list[int], Batch]]:
-    """Queries with their answers in batches of `rows`, each with the numbers of those in it, longest first: what is last is done
-    soon. A sequence that fits no bucket has a length of its own.
+def _batches(queries: Sequence[Query], data: DataConfig, cfg: EvalConfig, multiple: int) -> Iterator[tuple[list[int], Batch]]:
+    """Queries with their answers in batches, each with the numbers of those in it, longest first: what is last is done soon.
+
+    A batch has no more tokens than one in training, and `cfg.batch` rows at most, rounded up to a `multiple`. A sequence that
+    fits no bucket has a length of its own.
     """
     lengths = [query_length(query, data.format, answer=True) for query in queries]
     buckets = [bucket_for(length, data.buckets) or round_up(length, 64) for length in lengths]
     order = sorted(range(len(queries)), key=lambda i: -buckets[i])
     for bucket, members in groupby(order, lambda i: buckets[i]):
+        rows = round_up(min(cfg.batch, max(batch_size(data.tokens_per_batch, bucket), 1)), multiple)
         while numbers := list(islice(members, rows)):
             yield numbers, answered([queries[i] for i in numbers], rows, bucket, data.format)
 
@@ -119,7 +114,7 @@ def ranked(
     mine = claims[p::processes]
     logprob = np.zeros(-(-len(claims) // processes), np.float32)  # claim i is number i // P of process i % P
     done = 0
-    for numbers, batch in _batches(mine, round_up(cfg.batch, multiple), data):
+    for numbers, batch in _batches(mine, data, cfg, multiple):
         logprob[numbers] = np.asarray(score(batch))[: len(numbers)]
         done += len(numbers)
         if progress:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.arc.batches import Batch
 from tinyonn_jax.arc.forced import exact
@@ -185,15 +185,17 @@ def make_scorer(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Float[Arra
     return score
 
 
-def make_steps(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Float[Array, "R B T V"]]:
-    """The model as something that, with parameters and a batch, gives the logits after each recursion."""
+def make_exact(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Bool[Array, "R B"]]:
+    """The model as something that, with parameters and a batch, says whether each sequence is `exact` after each recursion; rows
+    split over the devices, which must divide them."""
 
     @jax.jit
     @placed(config, mesh)
-    def steps(params: Any, batch: Any) -> Any:
-        return transformer.apply(params, batch, config.model, steps=True, stop=config.eval.entropy_stop).steps
+    def exact_steps(params: Any, batch: Any) -> Bool[Array, "R B"]:
+        batch = _by_rows(mesh, batch)
+        return exact(transformer.apply(params, batch, config.model, steps=True, stop=config.eval.entropy_stop).steps, batch)
 
-    return steps
+    return exact_steps
 
 
 def _by_rows(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
