@@ -170,7 +170,7 @@ class LearningConfig:
     rule: RuleName = "sars"
     """none: routers stay as initialised; backprop: from the main loss; sars, msaps: from surprise."""
     granularity: Literal["module", "token"] = "token"
-    """sars: surprise measured per module over the batch, or per token where it uses several of a group."""
+    """sars: surprise measured per module over the batch, or per token where it can use several of a group."""
     prior_sign: Literal["bayes", "reinforce"] = "reinforce"
     """sars: prior = logits minus goodness (bayes, the derivation) or plus goodness (reinforce)."""
     neuron_cost: Literal["module", "token"] = "module"

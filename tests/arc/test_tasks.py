@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tinyonn_jax.arc.augment import Augmentation
 from tinyonn_jax.arc.tasks import DataError, Pair, Task, audit, from_json, load_source, load_task_sets, to_json
 from tinyonn_jax.config import DataConfig
 from tinyonn_jax.presets import PRESETS
@@ -213,6 +214,7 @@ def test_laptop(laptop):
     assert laptop.task_ids == tuple(task.id for task in laptop.evaluation) == tuple(sorted(laptop.task_ids))
     assert all(task.test == () for task in laptop.tasks)
     assert laptop.audit.startswith("leakage audit: 0 by task id and 0 by identical pair, of 587 training pairs")
+    assert laptop.audit.endswith("; test pairs that are training pairs turned or recoloured: 6")
     assert {example.row for example in laptop.training} == set(range(178))
     assert all(laptop.task_ids[row] == name for row, name, _ in laptop.training)
 
@@ -277,13 +279,34 @@ def test_planted_overlaps(tmp_path):
     assert [name for _, name, _ in sets.training] == ["b"] * 3 + ["c"] * 3
 
 
+RECOLOURED = (0, 5, 3, 1, 9, 2, 6, 4, 8, 7)
+BLACK_MOVED = (1, 0, 2, 3, 4, 5, 6, 7, 8, 9)
+
+
+@pytest.mark.parametrize(
+    ("turn_in", "turn_out", "permutation", "alike"),
+    [
+        *((turn, turn, RECOLOURED, 1) for turn in range(8)),
+        (1, 1, BLACK_MOVED, 0),
+        (0, 1, RECOLOURED, 0),
+        (0, 0, (0, 1, 1, 3, 4, 5, 6, 7, 8, 9), 0),  # two colours become one
+    ],
+)
+def test_audit_counts_scored_pairs_that_are_views_of_training_pairs(turn_in, turn_out, permutation, alike):
+    grid = np.array([[0, 1, 2], [3, 1, 0]], np.int8)
+    scored = Pair(grid, grid[::-1] * 2)
+    seen = Pair(Augmentation(turn_in, permutation).apply(grid), Augmentation(turn_out, permutation).apply(scored.output))
+    said = audit([Task("t", (seen,), ())], [Task("s", (), (scored, Pair(grid, None)))])
+    assert said.endswith("; test pairs that are training pairs turned or recoloured: 1") == bool(alike)
+
+
 def test_audit_catches_leaks():
     def pair(*cells):
         return Pair(*(np.array([[cell]], np.int8) for cell in cells))
 
     scored = Task("s", (pair(1, 2),), (pair(3, 4), Pair(np.array([[5]], np.int8))))
     honest = Task("h", (pair(3, 5),), (pair(4, 3),))
-    assert audit([Task("s", scored.train, ()), honest], [scored]).endswith("(1 of their test outputs are unknown)")
+    assert "(1 of their test outputs are unknown)" in audit([Task("s", scored.train, ()), honest], [scored])
     with pytest.raises(DataError, match="1 by task id and 0 by identical pair, of 2 training pairs"):
         audit([Task("s", (*scored.train, pair(5, 6)), ())], [scored])
     with pytest.raises(DataError, match="0 by task id and 1 by identical pair, of 2 training pairs"):

@@ -113,8 +113,8 @@ def softmax(*v):
             RouterConfig(4, 2, select="top_k", weight="relu"),
             [[3, 0], [2, 0], [1, 0]],
             [[0.9, 0.5], [0, 0], [0.7, 0]],
-            [[1, 1], [1, 1], [1, 1]],
-            [0, 0, 0],
+            [[1, 1], [0, 0], [1, 0]],
+            [0, 1, 0],
         ),
         (
             RouterConfig(4, 2, select="top_k", weight="hard"),

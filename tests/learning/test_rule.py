@@ -2,8 +2,10 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.layers.naive import hand_made
-from tinyonn_jax.layers.routing import Router, RouterConfig, route
+from tinyonn_jax.layers.routing import Router, RouterConfig, route, route_all
 from tinyonn_jax.learning import rule as rules
 from tinyonn_jax.learning.rule import backprop, load_balance, none
 
@@ -105,6 +107,19 @@ def test_a_step_down_the_load_balance_evens_the_weights():
     assert grads.gate[0] < 0 < grads.gate[1]  # descending raises the price of the module that has too much
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, router, grads)
     assert float(objective(moved, routed(moved, x, cfg))[0][0]) < float(loss)
+
+
+@pytest.mark.parametrize("select", ["relu", "hard"])
+def test_neurons_are_balanced_and_missed_as_slots_are(select):
+    """Whether modules have slots of their own or slots are sorted by logit: the same loss, the same tokens without a module."""
+    cfg = RouterConfig(4, 0, groups=2, select=select, isolate=False)
+    router = Router(jnp.array([[1.0, 0], [0, 1], [1, 1], [1, -1]]), jnp.full(4, 0.5))
+    x, rule = jnp.array([[2.0, 0.1], [-1, 1], [1, -2], [-1, -1]]), backprop(1.0)
+    slots, neurons = (jax.jit(partial(f, cfg=cfg))(router, x) for f in (route, route_all))
+    np.testing.assert_array_equal(neurons.unrouted, [False, True, True, True])
+    np.testing.assert_array_equal(slots.unrouted, neurons.unrouted)
+    objective = jax.jit(jax.value_and_grad(lambda r, routing: rule.objective({"a": r}, {"a": routing}, {}, META)[0]))
+    chex.assert_trees_all_close(objective(router, slots), objective(router, neurons), rtol=1e-6)
 
 
 def test_rules_without_an_objective_of_their_own():

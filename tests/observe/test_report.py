@@ -83,7 +83,8 @@ def test_how_the_answers_were_chosen_is_said_and_can_be_repeated(run, tmp_path):
     words = " ".join(Page(write_report(folder).read_text()).text.split())
     assert "the likeliest two of 12 finalists" in words and "of the vote" not in words
     (command,) = re.findall(r"arc.py evaluate --workdir \S+ ((?:--\S+ ?(?:[^-\s]\S* ?)?)+)", words)
-    assert cli.parse("evaluate", ["--workdir", str(folder), *command.split()]).eval == EvalConfig(**asked)
+    again = cli.parse("evaluate", ["--workdir", str(folder), *command.split()])
+    assert again.eval == EvalConfig(**asked) and again.checkpoint == "2200"  # not the run's last
 
 
 def test_missing_pieces_are_said_in_words(tmp_path):

@@ -106,6 +106,21 @@ def test_parameters_alone(tmp_path):
         restore_params(tmp_path / "none", make().params)
 
 
+@pytest.mark.parametrize("step", ["latest", "best", 40])
+def test_one_that_is_removed_while_it_is_read_is_one_clear_line(tmp_path, step, monkeypatch):
+    save(tmp_path, 20, 40)
+    undamaged = checkpoint._undamaged
+
+    def then_removed(*args):
+        found = undamaged(*args)
+        shutil.rmtree(tmp_path / "40")  # by who trains there
+        return found
+
+    monkeypatch.setattr(checkpoint, "_undamaged", then_removed)
+    with pytest.raises(CheckpointError, match="removed just now; try again"):
+        restore_params(tmp_path, make().params, step=step)
+
+
 @pytest.mark.parametrize(
     ("before", "after"), [(MeshConfig(data=1), MeshConfig(fsdp=8)), (MeshConfig(fsdp=8), MeshConfig(data=1, fsdp=2))]
 )

@@ -228,7 +228,8 @@ def _largest_by_rounds(v: Float[Array, "*N P"], k: int) -> Int[Array, "*N k"]:
 def select(logits: Float[Array, "N M"], cfg: RouterConfig) -> tuple[Array, Array, Array, Array]:
     """Which modules, with what weight: index, weight, active `[N, K]`, and unrouted `[N]`.
 
-    top_k: the k largest, weighted by softmax over them, by their positive part, or by one. relu: logit > 0, weight = logit.
+    top_k: the k largest, weighted by softmax over them, by one, or by their positive part, which leaves out those that have
+    none. relu: logit > 0, weight = logit.
     hard: logit > 0, weight 1, no straight-through estimator. threshold: logit > 0, weight = softmax over those; a token with
     none takes its best `fallback`.
     """
@@ -241,7 +242,7 @@ def select(logits: Float[Array, "N M"], cfg: RouterConfig) -> tuple[Array, Array
     none = ~above[..., :1]
     match cfg.select:
         case "top_k":
-            active = jnp.ones_like(above)
+            active = above if cfg.weight == "relu" else jnp.ones_like(above)  # a weight of zero is no use of a module
         case "relu" | "hard":
             active = above
         case "threshold":
@@ -255,7 +256,8 @@ def select(logits: Float[Array, "N M"], cfg: RouterConfig) -> tuple[Array, Array
         case _:
             weight = active.astype(jnp.float32)
     index = index + cfg.per_group * jnp.arange(cfg.groups)[:, None]
-    unrouted = jnp.any(none, (1, 2)) if cfg.select != "top_k" else jnp.zeros((n,), bool)
+    always = cfg.select == "top_k" and cfg.weight != "relu"
+    unrouted = jnp.zeros((n,), bool) if always else jnp.any(none, (1, 2))
     return index.reshape(n, -1), weight.reshape(n, -1), active.reshape(n, -1), unrouted
 
 
@@ -318,7 +320,8 @@ def route_all(router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: 
     data = jax.lax.stop_gradient(weight)
     total = jnp.sum(data, 0)
     count = total if cfg.select == "hard" else jnp.sum(active.astype(jnp.float32), 0)
-    unrouted = valid & (jnp.sum(data, -1) == 0)  # weights are positive where active
+    of_groups = jnp.sum(data.reshape(-1, cfg.groups, cfg.per_group), -1)  # weights are positive where active
+    unrouted = valid & jnp.any(of_groups == 0, -1)
     return Routing(logits, None, weight, active, jax.lax.stop_gradient(x), valid, unrouted, cfg, load=Load(count, total))
 
 

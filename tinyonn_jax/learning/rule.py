@@ -235,7 +235,7 @@ def backprop(balance: float = 0.0) -> LearningRule:
         for name, routing in routings.items():
             logits = logits_of(routers[name], routing)
             if routing.index is None:
-                weight = jax.nn.relu(logits)
+                weight = jax.nn.relu(logits) if routing.config.select == "relu" else routing.weight
             else:
                 weight = select(logits.reshape(-1, logits.shape[-1]), routing.config)[1].reshape(routing.weight.shape)
             losses.append(load_balance(jnp.where(routing.active, weight, 0), routing))

@@ -6,8 +6,8 @@
     prior        = softmax(prior_logits)
 
 Importance and cost are surprise: at granularity `module` the norms of the module's output and parameter gradients over the
-batch, at `token` the token's attribution and ghost norm, where it uses several modules. Letters: N tokens, M modules, G groups of
-P that compete.
+batch, at `token` the token's attribution and ghost norm, where it can use several modules. Letters: N tokens, M modules, G groups
+of P that compete.
 Source: seed 1 §3, seed 4. The seeds have neither `balance` nor `centre`, and there the easiest way down is to give
 every token the same modules: tokens have a mean in common, and all prototypes end along it, or against it.
 """
@@ -67,7 +67,7 @@ def goodness(
 
 
 def _judged(routing: Routing, granularity: Granularity) -> Granularity:
-    """By module where a token uses one of a group: nothing it feels can be compared, and normalised is 1 whatever it was."""
+    """By module where a token has one slot in a group: nothing it feels can be compared, and normalised is 1 whatever it was."""
     alone = routing.index is not None and routing.config.slots_per_group == 1
     return "module" if alone else granularity
 

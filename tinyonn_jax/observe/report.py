@@ -224,6 +224,8 @@ def _reproduce(folder: Path, config: Config | None, score: Entry | None) -> str:
     lines = [" ".join(["python experiments/arc.py train", f"--preset {preset}", workdir, *flags])]
     own, used = dataclasses.asdict(config.eval), (score or {}).get("eval", {})
     asked = {"augmentations": (score or own)["augmentations"]} | {k: v for k, v in used.items() if v != own.get(k)}
+    if score and score["checkpoint"] != config.train.steps:
+        asked["checkpoint"] = score["checkpoint"]
     lines.append(" ".join([f"python experiments/arc.py evaluate {workdir}", *(_flag("", *option) for option in asked.items())]))
     return f'<pre class="scroll">{_esc(chr(10).join(lines))}</pre>'
 

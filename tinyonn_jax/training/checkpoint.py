@@ -168,17 +168,22 @@ def restore_params(
         raise CheckpointError(f"{folder}: no checkpoint of step {step}; saved steps: {', '.join(map(str, there))}")
     good, _ = _undamaged(folder, (lambda _: None) if isinstance(step, int) else say)
     if not good:
-        raise CheckpointError(f"{folder}: its checkpoints were removed just now; try again")
-    if step == "best":
-        ranks = {s: _rank(json.loads((folder / str(s) / "metrics" / "metrics").read_text())) for s in good}
-        step = max(good, key=lambda s: (ranks[s], s))
-        if ranks[step] == -math.inf:
-            raise CheckpointError(f"{folder}: no checkpoint has a validation score; train with --data.holdout, or take latest")
-    elif step == "latest":
-        step = good[-1]
-    elif step not in good:
-        raise CheckpointError(f"{folder}: the checkpoint of step {step} is damaged; whole ones: {', '.join(map(str, good))}")
-    return _read(folder / str(step), {which: like})[which], step
+        raise CheckpointError(f"{folder}: checkpoints were removed just now; try again")
+    try:
+        if step == "best":
+            ranks = {s: _rank(json.loads((folder / str(s) / "metrics" / "metrics").read_text())) for s in good}
+            step = max(good, key=lambda s: (ranks[s], s))
+            if ranks[step] == -math.inf:
+                raise CheckpointError(
+                    f"{folder}: no checkpoint has a validation score; train with --data.holdout, or take latest"
+                )
+        elif step == "latest":
+            step = good[-1]
+        elif step not in good:
+            raise CheckpointError(f"{folder}: the checkpoint of step {step} is damaged; whole ones: {', '.join(map(str, good))}")
+        return _read(folder / str(step), {which: like})[which], step
+    except FileNotFoundError:  # by who trains there
+        raise CheckpointError(f"{folder}: checkpoints were removed just now; try again") from None
 
 
 def meet(place: str) -> None:
