@@ -1,7 +1,7 @@
 """Views of a task under which it stays the same puzzle: the eight dihedral transforms × colour permutations.
 
-Index d = 4·transposed + quarter turns, 0 = identity. Colour 0 and colours that occur only in demonstration outputs stay fixed:
-nothing in the input would tell where they went. Test outputs are never looked at.
+Index d = 4·transposed + quarter turns, 0 = identity. Colour 0 and colours that some demonstration's output has and its own input
+has not stay fixed: nothing in the input would tell where they went. Test outputs are never looked at.
 """
 
 import math
@@ -49,12 +49,14 @@ class Augmentation:
 
 
 def free_colours(demonstrations: Sequence[Pair], permute_zero: bool = False) -> Bool[np.ndarray, "10"]:
-    """The colours that may be permuted: all but 0 (unless `permute_zero`) and but those only in demonstration outputs."""
-    inputs = _used([pair.input for pair in demonstrations])
-    outputs = _used([pair.output for pair in demonstrations if pair.output is not None])
-    free = inputs | ~outputs
-    free[0] &= permute_zero
-    return free
+    """The colours that may be permuted: all but 0 (unless `permute_zero`) and but those that a demonstration makes, which are in
+    its output and not in its input."""
+    made = np.zeros(COLOURS, bool)
+    for pair in demonstrations:
+        if pair.output is not None:
+            made |= _used([pair.output]) & ~_used([pair.input])
+    made[0] |= not permute_zero
+    return ~made
 
 
 def views(task: Task, n: int, seed: int, permute_zero: bool = False) -> list[Augmentation]:
