@@ -10,6 +10,7 @@ if __name__ == "__main__":  # the imports take seconds: until they are done, Ctr
 import re  # noqa: E402
 import shlex  # noqa: E402
 import sys  # noqa: E402
+import zlib  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -103,6 +104,7 @@ def predict(args: cli.Predict) -> None:
         known = [] if entry["truth"] is None else [("truth", entry["truth"])]
         print_grids([("test input", entry["input"]), *known, *answers(entry)])
     name = re.sub(r"[^\w.-]", "_", task.id, flags=re.ASCII)[:100]  # an id may be anything
+    name += "" if name == task.id else f"-{zlib.crc32(task.id.encode()):08x}"
     print(axes.save(grids.task_figure(task.id, entries, shown), args.workdir / "figures" / f"task_{name}.png"))
 
 

@@ -15,6 +15,7 @@ done; Ctrl-C leaves no files.
 
 import argparse
 import json
+import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -283,8 +284,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 1:
         raise ConfigError(f"--steps must be at least 1, got {args.steps}")
-    if args.temper <= 0:
-        raise ConfigError(f"--temper must be positive, got {args.temper}: without the KL there is nothing to compare")
+    if not 0 < args.temper < math.inf:
+        raise ConfigError(f"--temper must be positive and finite, got {args.temper}: without the KL there is nothing to compare")
     cli.set_up()
     args.workdir.mkdir(parents=True, exist_ok=True)
     pairs = demonstrations()
@@ -296,7 +297,7 @@ def main() -> None:
     header = ["", "cosine, median (range)", "below 0", "at the end", "weights both reach", "task loss", "cells right"]
     table(f"{len(args.seed)} seeds, {args.steps} steps", header, [summary(label, runs) for label, runs in found.items()])
     settings = {"steps": args.steps, "seeds": args.seed, "temper": args.temper, "beta": args.temper / count, "cells": count}
-    text = json.dumps({"settings": settings, "runs": found}, indent=1)
+    text = json.dumps({"settings": settings, "runs": found}, indent=1, allow_nan=False)
     print(write_atomically(args.workdir / "conflict.json", text + "\n"))
     print(axes.save(conflict_figure(found), args.workdir / "conflict.png"))
 

@@ -138,6 +138,8 @@ class Compare:
     def __post_init__(self):
         if not self.workdirs:
             raise ConfigError("workdirs must name at least one run folder")
+        if not self.picture.name or self.picture.is_dir():
+            raise ConfigError(f"picture must name a file, got {str(self.picture)!r}; for instance runs/compare.png")
 
 
 COMMANDS: dict[str, type] = {
@@ -232,9 +234,10 @@ def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
     if not compilation_cache:
         jax.config.update("jax_enable_compilation_cache", False)
     elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home).expanduser() / "tinyonn_jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        if not home.startswith("~"):  # a user may have no home
+            jax.config.update("jax_compilation_cache_dir", os.path.join(home, "tinyonn_jax", "xla"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if distributed:
         count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         if index == "0":
@@ -247,6 +250,11 @@ def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
             )
         except ValueError as error:
             raise ConfigError(f"--distributed: {str(error).rstrip('.')}; it needs one of: {_ONE_OF_MANY}") from None
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        wanted, reason = os.environ.get("JAX_PLATFORMS", ""), str(error).partition("\n")[0] or "it is not installed"
+        raise ConfigError(f"JAX_PLATFORMS={wanted}: no such device ({reason}); unset it, or install JAX for it") from None
 
 
 def _require_free(address: str) -> None:
@@ -304,10 +312,11 @@ def guard(main: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        remedy = "; free some space and run the same command again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        what = f"{error.filename or 'a file that is written'}: {error.strerror or error}"
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG):
-            remedy = "; check the path and its permissions"
-        return _fail(f"{error.filename or 'a file that is written'}: {error.strerror or error}{remedy}", 1)
+            return _fail(f"{what}; check the path and its permissions", 2)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return _fail(f"{what}; free some space and run the same command again" if full else what, 1)
     except InterruptedRun as stop:
         print(f"{stop}; resume with: {again()}", flush=True)
         return 128 + stop.signum

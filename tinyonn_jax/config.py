@@ -363,7 +363,7 @@ class EvalConfig:
 
     def __post_init__(self):
         _require_types(self, "eval")
-        _require(self.augmentations >= 1, f"eval.augmentations must be at least 1, got {self.augmentations}")
+        _require(1 <= self.augmentations <= 10_000, f"eval.augmentations must be 1 to 10,000, got {self.augmentations}")
         _require(0.001 <= self.min_probability <= 1, f"eval.min_probability must lie in [0.001, 1], got {self.min_probability}")
         _require(
             self.finalists == 0 or self.finalists >= 2,

@@ -7,6 +7,7 @@ from tests.observe import synthetic
 from tinyonn_jax.observe import axes, figures
 from tinyonn_jax.observe.compare import compare_figure
 from tinyonn_jax.observe.figures import NO_LAYERS, NOT_MEASURED, core_metrics, expert_dashboard, write_dashboards
+from tinyonn_jax.observe.grids import task_figure
 
 
 def texts(figure):
@@ -107,3 +108,14 @@ def test_compare_figure_draws_every_run_and_says_what_is_missing():
     assert set(drawn(panel(figure, "Loss"))) == {"a", "b"}
     assert set(drawn(panel(figure, "Tokens per second"))) == {"a"}
     assert "not logged" in texts(compare_figure({"b": [{"step": 1, "main_loss": 2.0}]}))
+
+
+def test_names_of_any_kind_are_shown(tmp_path):
+    """matplotlib takes the first for a formula, which is none, leaves the second out of legends, and has no such letters."""
+    names = ("x$_$^", "_under", "空")
+    figure = compare_figure({name: synthetic.rows(steps=40) for name in names})
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [r"x\$_\$^", " _under", "空"]
+    axes.save(figure, tmp_path / "names.png")
+    grid = [[0, 1]]
+    axes.save(task_figure(names[0], [{"input": grid, "truth": grid, "greedy": grid, "candidates": []}]), tmp_path / "task.png")

@@ -115,7 +115,10 @@ def test_damaged_files_and_missing_folders_are_named(tmp_path):
         ("predictions.json", "{}", "damaged"),
         ("parameters.json", "{}", "damaged"),
         ("routing_latest.npz", "", "damaged"),
+        ("score.json", json.dumps(synthetic.score()).replace('"outputs": 36', '"outputs": 1e999'), "damaged"),
         ("metrics.jsonl", '{"step": "x"}\n{"step": 2}\n', "line 1 is not a row"),
+        ("metrics.jsonl", '{"step": NaN}\n{"step": 2}\n', "line 1 is not a row"),
+        ("metrics.jsonl", '{"step": 1, "layers": {"a": {"load": [0.5, -0.5]}}}\n', "damaged"),
     ):
         (tmp_path / name).write_text(content)
         with pytest.raises(ConfigError, match=re.escape(name) + ".*" + says):
@@ -177,5 +180,8 @@ def test_comparison_puts_runs_side_by_side(run, dense_run, tmp_path):
     console = Console(file=io.StringIO(), force_terminal=False)
     assert compare([run, dense_run], tmp_path / "compare.png", console).stat().st_size > 10_000
     assert console.file.getvalue().count("61.1 %") == 2
+    (tmp_path / "score.json").write_text(json.dumps(synthetic.score() | {"intervals": {"pass@2": {"outputs": [0.1]}}}))
+    with pytest.raises(ConfigError, match=r"score.json: damaged"):
+        comparison([tmp_path])
     with pytest.raises(ConfigError, match="no such run folder"):
         compare([run, tmp_path / "nowhere"], tmp_path / "other.png")

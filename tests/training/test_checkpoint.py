@@ -106,6 +106,12 @@ def test_parameters_alone(tmp_path):
         restore_params(tmp_path / "none", make().params)
 
 
+def test_a_file_where_checkpoints_belong_is_refused_before_training(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(CheckpointError, match="is a file, where checkpoints belong"):
+        Checkpoints(tmp_path / "checkpoints")
+
+
 @pytest.mark.parametrize("step", ["latest", "best", 40])
 def test_one_that_is_removed_while_it_is_read_is_one_clear_line(tmp_path, step, monkeypatch):
     save(tmp_path, 20, 40)

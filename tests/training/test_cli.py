@@ -73,6 +73,8 @@ MISTAKES = {
     "a folder without a name": (["train", "--workdir", ""], "workdir must name a folder"),
     "more devices than there are": (["train", "--preset", "smoke", "--workdir", "{}", "--mesh.data", "9"], "another --mesh.data"),
     "no such folder": (["evaluate", "--workdir", "{}"], "no such run folder"),
+    "no end of views": (["evaluate", "--workdir", "{}", "--augmentations", "1000000000000"], "eval.augmentations must be 1 to"),
+    "a picture without a name": (["compare", "--workdirs", "{}", "--picture", "."], "picture must name a file"),
     "no folder to report on": (["report", "--workdir", "{}"], "no such run folder"),
 }
 
@@ -98,6 +100,17 @@ def test_processes_that_cannot_be_joined_are_one_line(tmp_path, monkeypatch, cap
     assert here(monkeypatch, "train", "--preset", "smoke", "--workdir", tmp_path / "new", "--distributed") == 2
     err = capsys.readouterr().err
     assert "--distributed: " in err and "JAX_COORDINATOR_ADDRESS" in err and err.count("\n") == 1
+
+
+def test_devices_that_are_not_here_are_one_line():
+    """As with a recipe for GPUs on a computer that has none."""
+    code = "import sys; from tinyonn_jax import cli; sys.exit(cli.guard(cli.set_up))"
+    for name in ("cuda", "foo"):
+        environment = os.environ | {"JAX_PLATFORMS": name}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+        line = done.stderr.splitlines()[-1]
+        assert done.returncode == 2 and line.startswith(f"error: JAX_PLATFORMS={name}: no such device"), done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_out_of_memory_is_one_line_with_what_to_lower(capsys):

@@ -17,6 +17,7 @@ import pytest
 from tests.training.commands import ROOT, command, here
 from tinyonn_jax import runs, trained
 from tinyonn_jax.stored import from_json
+from tinyonn_jax.training import checkpoint
 from tinyonn_jax.training.checkpoint import steps
 
 # One bucket, so that one program is compiled; DynTRM with SARS and Muon, so that all parts of a state are there.
@@ -266,6 +267,7 @@ def test_answers_are_kept_when_what_follows_fails_and_views_that_were_not_learne
     config = json.loads((copy / "config.json").read_text())
     config["data"]["augment"] = False
     (copy / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(checkpoint, "_same_config", lambda *_: None)  # it stands for that of another run
     monkeypatch.setattr(trained.Trained, "per_recursion", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         here(monkeypatch, "evaluate", "--workdir", copy, "--finalists", "2")
@@ -273,6 +275,19 @@ def test_answers_are_kept_when_what_follows_fails_and_views_that_were_not_learne
     score = json.loads((copy / "score.json").read_text())
     assert score["eval"]["augmentations"] == score["augmentations"] == 1 and score["eval"]["finalists"] == 2
     assert (copy / "submission.json").exists() and (copy / "predictions.json").exists()
+
+
+@pytest.mark.parametrize("change", [{"depth": 3}, {"depth": None}, {"rope_base": 7.0}], ids=str)
+def test_a_configuration_that_the_run_was_not_trained_with_is_refused(copy, change, monkeypatch, capsys):
+    """Edited, or lost and so taken for the default, where no shape tells: another network would be evaluated, and trained on."""
+    config = json.loads((copy / "config.json").read_text())
+    config["model"] = {name: value for name, value in (config["model"] | change).items() if value is not None}
+    (copy / "config.json").write_text(json.dumps(config))
+    (name,) = change
+    for args in (["evaluate"], ["train", "--mesh.data", "1"]):
+        assert here(monkeypatch, *args, "--workdir", copy) == 2
+        err = capsys.readouterr().err
+        assert f"was trained with model.{name}" in err and "config.json says" in err and err.count("\n") == 1
 
 
 def test_mistakes_about_a_run_that_is_there(copy, monkeypatch, capsys):

@@ -64,7 +64,7 @@ def train(folder: Path, cfg: TrainConfig, pause: float = 0.0, poison: int = 0, m
         time.sleep(pause)
         return step(state, x)
 
-    with Checkpoints(folder / "checkpoints", cfg.keep, {"toy": True}, say) as checkpoints:
+    with Checkpoints(folder / "checkpoints", cfg.keep, {"toy": {"size": 1}}, say) as checkpoints:
         state = checkpoints.restore(initial())
         if state is None:
             state = initial()

@@ -5,6 +5,7 @@ Figures are matplotlib `Figure` objects (object-oriented, no pyplot state). Lett
 
 import io
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ SHARE_COLOURS = LinearSegmentedColormap.from_list("share", ["#f7f9fb", "#a6cbe3"
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Writes a figure as PNG, atomically, 160 dots to the inch."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # names in scripts that the font lacks show boxes
+        figure.savefig(buffer, format="png", dpi=160, facecolor="white")
     return write_atomically(path, buffer.getvalue())
 
 
@@ -49,6 +52,12 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     return figure
+
+
+def literal(text: str) -> str:
+    """A name that shows as it is: matplotlib sets what stands between two `$` as a formula, and leaves a label out of legends
+    that begins with `_`."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def step_axis(ax: Axes) -> None:

@@ -9,7 +9,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 from rich.console import Console
 
 from tinyonn_jax.observe import console as terminal
-from tinyonn_jax.observe.axes import SERIES, curve, empty, legend_below, log_axis, new_figure, save, step_axis, style
+from tinyonn_jax.observe.axes import SERIES, curve, empty, legend_below, literal, log_axis, new_figure, save, step_axis, style
 from tinyonn_jax.observe.files import PARAMETERS, SCORE, damaged, read_config, read_json, require_run
 from tinyonn_jax.observe.metrics import Row, count, duration, latest, percent, training_seconds
 from tinyonn_jax.observe.writers import read_metrics
@@ -21,7 +21,7 @@ def compare_figure(runs: Mapping[str, Sequence[Row]]) -> Figure:
     panels = (("main_loss", "Loss"), ("exact", "Whole grids right"), ("tokens_per_second", "Tokens per second"))
     for ax, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
         step_axis(style(ax, title))
-        drawn = [curve(ax, rows, key, name, SERIES[i % len(SERIES)], linestyle="-" if i < len(SERIES) else "--")
+        drawn = [curve(ax, rows, key, literal(name), SERIES[i % len(SERIES)], linestyle="-" if i < len(SERIES) else "--")
                  for i, (name, rows) in enumerate(runs.items())]  # fmt: skip
         if not any(drawn):
             empty(ax, "not logged")
@@ -49,6 +49,7 @@ def comparison(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[str], li
         with damaged(folder / SCORE):
             share = {name: percent(score[name]["outputs"]) if score else "–" for name in ("pass@1", "pass@2")}
             interval = (score or {}).get("intervals", {}).get("pass@2", {}).get("outputs")
+            between = f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "–"
         with damaged(folder / PARAMETERS):
             size = count(parameters["total"]) if parameters else "–"
         table.append([
@@ -63,7 +64,7 @@ def comparison(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[str], li
             count(values["tokens_per_second"]) if "tokens_per_second" in values else "–",
             share["pass@1"],
             share["pass@2"],
-            f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "–",
+            between,
         ])  # fmt: skip
     return header, table
 

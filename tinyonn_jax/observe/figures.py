@@ -61,7 +61,7 @@ def write_dashboards(folder: str | os.PathLike[str]) -> list[Path]:
         try:
             with np.load(snapshot, allow_pickle=False) as arrays:
                 routing = dict(arrays)
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
+        except (OSError, ValueError, TypeError, RuntimeError, EOFError, BadZipFile) as error:
             raise ConfigError(f"{snapshot}: damaged ({error}); delete it, training writes it with its next checkpoint") from None
     return [
         save(core_metrics(rows), folder / "figures" / "core_metrics_latest.png"),

@@ -87,5 +87,7 @@ def damaged(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except ConfigError:  # which says more
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise ConfigError(f"{path}: damaged ({error!r}); delete it, or write it again with train or evaluate") from None

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from tinyonn_jax.observe.answers import ARC_COLOURS, MARK, Entry, Grid, answers, judge, solved
-from tinyonn_jax.observe.axes import FAINT, INK, MUTED
+from tinyonn_jax.observe.axes import FAINT, INK, MUTED, literal
 
 Cell = tuple[str, Grid | None, bool | None, str]  # title, grid, right or wrong, and why
 
@@ -56,7 +56,7 @@ def task_figure(task_id: str, entries: Sequence[Entry], demonstrations: Sequence
     columns = max(map(len, lines))
     figure = Figure(figsize=(1.75 * columns, 1.95 * len(lines) + 0.45), layout="constrained")
     verdict = {True: "✓ solved", False: "✗ not solved", None: ""}[solved(entries)]
-    figure.suptitle(f"{task_id} {verdict}", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure.suptitle(f"{literal(task_id)} {verdict}", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     axes = figure.subplots(len(lines), columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()

@@ -19,6 +19,7 @@ from tinyonn_jax.observe.answers import ARC_COLOURS, MARK, Entry, Grid, answers,
 from tinyonn_jax.observe.figures import write_dashboards
 from tinyonn_jax.observe.files import (
     CONFIG,
+    METRICS,
     PARAMETERS,
     PREDICTIONS,
     SCORE,
@@ -271,7 +272,8 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         tasks = _tasks(predictions, shown)
     with damaged(folder / PARAMETERS):
         sizes = _parameters(parameters)
-    core, experts = write_dashboards(folder)
+    with damaged(folder / METRICS):
+        core, experts = write_dashboards(folder)
     name = folder.resolve().name
     says = ""
     if config is not None:

@@ -47,7 +47,7 @@ def _rows(text: str, source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=lambda _: None)  # NaN and Infinity, by another program
             _ = row["step"] + 1
         except (ValueError, RecursionError, KeyError, TypeError):
             if number < len(lines):

@@ -21,6 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from tinyonn_jax.stored import FREE_FIELDS
+
 _OWN_ITEMS = ("params", "ema")
 _CHECKSUMS = "checksums.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -48,15 +50,17 @@ class Checkpoints:
     Args:
         folder: where they are; made when missing.
         keep: how many of the newest stay, besides the one with the highest score.
-        config: stored with each, so that a checkpoint explains itself.
+        config: stored with each, so that a checkpoint explains itself, and is not taken for one of another network.
         say: prints one line.
 
     Raises:
-        CheckpointError: there are checkpoints and all are damaged.
+        CheckpointError: there are checkpoints and all are damaged, or the folder is a file.
     """
 
     def __init__(self, folder: Path, keep: int = 2, config: Mapping[str, Any] | None = None, say: Say = print):
         self.folder, self._config, self._saving = Path(folder).absolute(), dict(config or {}), 0
+        if self.folder.exists() and not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder}: is a file, where checkpoints belong; move it away")
         _tidy(self.folder, say)
         policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
@@ -111,11 +115,12 @@ class Checkpoints:
         `like` is a state of arrays or `jax.ShapeDtypeStruct`s; shapes, types and shardings are taken from it.
 
         Raises:
-            CheckpointError: it holds another kind of state.
+            CheckpointError: it holds another kind of state, or was trained with another configuration.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
+        _same_config(self.folder / str(step), self._config)
         read = _read(self.folder / str(step), _items(like))
         training = read.pop("training")
         return dataclasses.replace(like, **read, **training)  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -148,6 +153,7 @@ def restore_params(
     which: Literal["ema", "params"] = "ema",
     step: int | Literal["latest", "best"] = "latest",
     say: Say = print,
+    config: Mapping[str, Any] | None = None,
 ) -> tuple[S, int]:
     """Parameters of a finished or running run, and their step; changes nothing on disk.
 
@@ -156,9 +162,10 @@ def restore_params(
         like: parameters or `jax.ShapeDtypeStruct`s; shapes, types and shardings are taken from it.
         which: the moving average, or the parameters as trained.
         step: `best` has the highest validation score; `latest` is the newest that is not damaged.
+        config: what the run is said to be trained with.
 
     Raises:
-        CheckpointError: no such checkpoint, or it is damaged.
+        CheckpointError: no such checkpoint, or it is damaged, or was trained with another configuration.
     """
     folder = Path(folder).absolute()
     there = steps(folder)
@@ -181,6 +188,7 @@ def restore_params(
             step = good[-1]
         elif step not in good:
             raise CheckpointError(f"{folder}: the checkpoint of step {step} is damaged; whole ones: {', '.join(map(str, good))}")
+        _same_config(folder / str(step), config or {})
         return _read(folder / str(step), {which: like})[which], step
     except FileNotFoundError:  # by who trains there
         raise CheckpointError(f"{folder}: checkpoints were removed just now; try again") from None
@@ -196,6 +204,19 @@ def _items(state: Any) -> dict[str, Any]:
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     own = {name: fields.pop(name) for name in _OWN_ITEMS}
     return {**own, "training": fields}
+
+
+def _same_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint that was stored with another configuration, as sections of fields; free are those of `FREE_FIELDS`,
+    and those that one of the two versions did not have."""
+    written = json.loads((path / "config" / "metadata").read_text())
+    for section in written.keys() & config.keys() - set(FREE_FIELDS):
+        for name in written[section].keys() & config[section].keys():
+            if written[section][name] != config[section][name]:
+                raise CheckpointError(
+                    f"{path} was trained with {section}.{name} {written[section][name]}, and the run's config.json says "
+                    f"{config[section][name]}: it was edited, or a field of it was lost; correct it there"
+                )
 
 
 def _read(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
