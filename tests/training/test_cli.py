@@ -105,12 +105,11 @@ def test_processes_that_cannot_be_joined_are_one_line(tmp_path, monkeypatch, cap
 def test_devices_that_are_not_here_are_one_line():
     """As with a recipe for GPUs on a computer that has none."""
     code = "import sys; from tinyonn_jax import cli; sys.exit(cli.guard(cli.set_up))"
-    for name in ("cuda", "foo"):
-        environment = os.environ | {"JAX_PLATFORMS": name}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-        line = done.stderr.splitlines()[-1]
-        assert done.returncode == 2 and line.startswith(f"error: JAX_PLATFORMS={name}: no such device"), done.stderr
-        assert "Traceback" not in done.stderr
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and line.startswith("error: JAX_PLATFORMS=cuda: no such device"), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_out_of_memory_is_one_line_with_what_to_lower(capsys):
