@@ -77,6 +77,8 @@ def test_prototypes_in_use_are_named_and_neighbours_share_a_label():
     routing = {"experts.proto": proto, "experts.load": np.array([1, 1, 1, 1, 1, 1, 1, 0]) / 7}
     said = texts(expert_dashboard([], routing))
     assert {"0, 1", "4 of them", "6"} <= set(said) and "7" not in said
+    routing["experts.load"] = np.array([0, 0, 1, 1, 1, 1, 0, 0]) / 4  # near, for the extent is that of all
+    assert "4 of them" in texts(expert_dashboard([], routing))
     routing["experts.load"] = np.zeros(8)
     assert "6" not in texts(expert_dashboard([], routing))
 

@@ -316,12 +316,12 @@ def _plane(points: Float[np.ndarray, "M D"]) -> tuple[Float[np.ndarray, "M 2"], 
     return flat, np.pad(size**2, (0, 2))[:2] / max(float((size**2).sum()), 1e-12)
 
 
-def _together(points: Float[np.ndarray, "M 2"], share: float = 0.1) -> list[list[int]]:
-    """Points by neighbourhood, so that one label can stand for all that would cover each other: each joins the first group whose
-    first member is nearer than `share` of the extent."""
+def _together(points: Float[np.ndarray, "M 2"], named: Sequence[int], share: float = 0.1) -> list[list[int]]:
+    """Some of the points by neighbourhood, so that one label can stand for all that would cover each other: each joins the first
+    group whose first member is nearer than `share` of the extent of all."""
     near, groups = share * np.ptp(points, 0).max(), []
-    for m, point in enumerate(points):
-        home = next((group for group in groups if np.hypot(*(points[group[0]] - point)) <= near), None)
+    for m in named:
+        home = next((group for group in groups if np.hypot(*(points[group[0]] - points[m])) <= near), None)
         if home is None:
             groups.append([m])
         else:
@@ -338,9 +338,8 @@ def _prototypes(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> 
     for mask, label, colour, marker in _verdicts(routing, layer, len(points)):
         ax.scatter(*flat[mask].T, s=46, color=colour, marker=marker, edgecolor="white", linewidth=0.7, label=label, zorder=3)
         named |= mask & (label != "inactive")
-    if len(points) <= 16 and named.any():
-        for group in _together(flat[named]):
-            members = np.flatnonzero(named)[group]
+    if len(points) <= 16:
+        for members in _together(flat, np.flatnonzero(named).tolist()):
             label = ", ".join(map(str, members)) if len(members) <= 3 else f"{len(members)} of them"
             ax.annotate(label, tuple(flat[members[0]]), (2, 5), textcoords="offset points", rotation=40, fontsize=7.5, color=INK)
     ax.grid(axis="both", color=FAINT, linewidth=0.6)
