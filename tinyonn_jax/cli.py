@@ -253,8 +253,9 @@ def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        wanted, reason = os.environ.get("JAX_PLATFORMS", ""), str(error).partition("\n")[0] or "it is not installed"
-        raise ConfigError(f"JAX_PLATFORMS={wanted}: no such device ({reason}); unset it, or install JAX for it") from None
+        wanted, reason = os.environ.get("JAX_PLATFORMS"), str(error).partition("\n")[0] or "JAX is not installed for it"
+        asked = f"; unset JAX_PLATFORMS={wanted} to take what is here" if wanted else ""
+        raise ConfigError(f"no device can be used: {reason}{asked}") from None
 
 
 def _require_free(address: str) -> None:

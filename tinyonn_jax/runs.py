@@ -34,7 +34,7 @@ from tinyonn_jax.observe.console import Progress
 from tinyonn_jax.observe.files import ANSWERS, CONFIG, ORIGIN, PARAMETERS, ROUTING, TASKS, stored_origin, write_atomically
 from tinyonn_jax.observe.metrics import training_seconds
 from tinyonn_jax.observe.writers import MetricsWriter, read_metrics
-from tinyonn_jax.stored import differences, from_json, to_json
+from tinyonn_jax.stored import differences, from_json, plain, to_json
 from tinyonn_jax.training import assemble, loop, sharding
 from tinyonn_jax.training.checkpoint import Checkpoints, meet
 from tinyonn_jax.training.objective import make_rule
@@ -102,7 +102,7 @@ def begin(folder: Path, config: Config, preset: str, command: str = "") -> Run:
         DataError: the tasks cannot be used.
     """
     folder, before = Path(folder), stored_config(folder)
-    changed = [] if before is None else differences(before, config)
+    changed = [] if before is None else differences(plain(before), plain(config))
     sharding.make_mesh(config.mesh)  # raises before anything is written
     if before is not None and not changed:
         with _alone(folder):
@@ -188,7 +188,7 @@ def _train(run: Run, started: float | None, profile: int) -> None:
         say(f"grouped matmul: {grouped.title(config.mesh.grouped, platform)} ({platform})")
 
     meet("start")  # the first collective follows, and gives up on those who are late (Gloo: after half a minute)
-    with Checkpoints(folder / CHECKPOINTS, config.train.keep, json.loads(to_json(config)), say) as checkpoints:
+    with Checkpoints(folder / CHECKPOINTS, config.train.keep, plain(config), say) as checkpoints:
         state = checkpoints.restore(program.like)
         if state is None:
             state = program.initial()

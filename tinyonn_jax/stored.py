@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from tinyonn_jax.config import Config, ConfigError
@@ -41,10 +42,18 @@ def from_json(text: str) -> Config:
     return Config(**parts)
 
 
-def differences(a: Config, b: Config) -> list[str]:
-    """The fields in which two configurations differ, as lines `section.field: a -> b`; `FREE_FIELDS` are passed over."""
-    lines = []
-    for section, values in dataclasses.asdict(a).items():
-        other = dataclasses.asdict(b)[section]
-        lines += [f"{section}.{k}: {v} -> {other[k]}" for k, v in values.items() if section not in FREE_FIELDS and v != other[k]]
-    return lines
+def plain(config: Config) -> dict[str, dict[str, Any]]:
+    """The whole configuration by section and field, in values that JSON has."""
+    return json.loads(to_json(config))
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """The fields in which two `plain` configurations differ, as lines `section.field: a -> b`. `FREE_FIELDS` are passed over, and
+    so is what only one of them has, by another version."""
+    return [
+        f"{section}.{name}: {value} -> {b[section][name]}"
+        for section, values in a.items()
+        if section not in FREE_FIELDS and section in b
+        for name, value in values.items()
+        if name in b[section] and value != b[section][name]
+    ]

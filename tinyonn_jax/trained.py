@@ -1,7 +1,6 @@
 """A trained run: loaded from its folder, scored on the tasks that it is evaluated on, asked about others."""
 
 import difflib
-import json
 import math
 import os
 import time
@@ -28,7 +27,7 @@ from tinyonn_jax.models import transformer
 from tinyonn_jax.observe.console import Progress
 from tinyonn_jax.observe.metrics import duration
 from tinyonn_jax.runs import CHECKPOINTS, Run, Say
-from tinyonn_jax.stored import to_json
+from tinyonn_jax.stored import plain
 from tinyonn_jax.training import assemble, sharding
 from tinyonn_jax.training.checkpoint import meet, restore_params
 
@@ -129,7 +128,7 @@ def load(run: Run, checkpoint: Which, say: Say) -> Trained:
     say(sharding.describe(mesh))
     spec = transformer.spec(run.config.model, len(run.sets.tasks))
     like = sharding.abstract(mesh, spec, lambda: base.init(jax.random.key(0), spec))
-    params, step = restore_params(run.folder / CHECKPOINTS, like, "ema", checkpoint, say, json.loads(to_json(run.config)))
+    params, step = restore_params(run.folder / CHECKPOINTS, like, "ema", checkpoint, say, plain(run.config))
     views = run.config.eval.augmentations
     if not run.config.data.augment and views > 1:
         say(f"one view instead of {views}: the network was trained with data.augment false and knows no other")

@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from tinyonn_jax.stored import FREE_FIELDS
+from tinyonn_jax.stored import differences
 
 _OWN_ITEMS = ("params", "ema")
 _CHECKSUMS = "checksums.json"
@@ -207,16 +207,13 @@ def _items(state: Any) -> dict[str, Any]:
 
 
 def _same_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint that was stored with another configuration, as sections of fields; free are those of `FREE_FIELDS`,
-    and those that one of the two versions did not have."""
-    written = json.loads((path / "config" / "metadata").read_text())
-    for section in written.keys() & config.keys() - set(FREE_FIELDS):
-        for name in written[section].keys() & config[section].keys():
-            if written[section][name] != config[section][name]:
-                raise CheckpointError(
-                    f"{path} was trained with {section}.{name} {written[section][name]}, and the run's config.json says "
-                    f"{config[section][name]}: it was edited, or a field of it was lost; correct it there"
-                )
+    """Refuses a checkpoint that was stored with another configuration."""
+    changed = differences(json.loads((path / "config" / "metadata").read_text()), config)
+    if changed:
+        raise CheckpointError(
+            f"{path} was trained with another configuration than the run's config.json: {'; '.join(changed)}; it was edited, or "
+            "fields of it were lost: correct it there"
+        )
 
 
 def _read(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
