@@ -29,7 +29,7 @@ from rich.console import Console
 
 from tinyonn_jax import cli, host
 from tinyonn_jax.arc.batches import batch_at, build_dataset
-from tinyonn_jax.arc.tasks import load_task_sets
+from tinyonn_jax.arc.sets import load_task_sets
 from tinyonn_jax.config import LearningConfig, ModelConfig
 from tinyonn_jax.layers import base, experts
 from tinyonn_jax.layers import grouped as grouped_matmul

@@ -30,7 +30,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from tinyonn_jax import cli
-from tinyonn_jax.arc.tasks import Pair, load_task_sets
+from tinyonn_jax.arc.sets import load_task_sets
+from tinyonn_jax.arc.tasks import Pair
 from tinyonn_jax.arc.tokens import COLOURS
 from tinyonn_jax.config import ConfigError, OptimConfig
 from tinyonn_jax.layers import base, sbl, spl

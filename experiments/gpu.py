@@ -21,7 +21,8 @@ import numpy as np
 from measure import Row, add_json, machine, medians, plain_step, random_batch, report, whole_step
 
 from tinyonn_jax.arc.evaluate import evaluate
-from tinyonn_jax.arc.tasks import Task, load_task_sets
+from tinyonn_jax.arc.sets import load_task_sets
+from tinyonn_jax.arc.tasks import Task
 from tinyonn_jax.config import Config, EvalConfig, ModelConfig
 from tinyonn_jax.layers import attention, base, experts, grouped, kernels
 from tinyonn_jax.layers.routing import RouterConfig, route

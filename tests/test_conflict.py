@@ -12,7 +12,8 @@ import pytest
 from matplotlib.image import imread
 
 from tinyonn_jax import cli
-from tinyonn_jax.arc.tasks import Pair, load_task_sets
+from tinyonn_jax.arc.sets import load_task_sets
+from tinyonn_jax.arc.tasks import Pair
 from tinyonn_jax.layers import base
 from tinyonn_jax.learning.rule import routers, without_routers
 from tinyonn_jax.presets import PRESETS

@@ -24,9 +24,9 @@ from jax.sharding import Mesh
 from tinyonn_jax import __version__
 from tinyonn_jax.arc.batches import Batch, batch_at, build_dataset, validation_batches
 from tinyonn_jax.arc.continual import build_stages
-from tinyonn_jax.arc.tasks import TaskSets, load_task_sets
-from tinyonn_jax.arc.tasks import from_json as tasks_from_json
-from tinyonn_jax.arc.tasks import to_json as tasks_to_json
+from tinyonn_jax.arc.sets import TaskSets, load_task_sets
+from tinyonn_jax.arc.sets import from_json as tasks_from_json
+from tinyonn_jax.arc.sets import to_json as tasks_to_json
 from tinyonn_jax.config import Config, ConfigError
 from tinyonn_jax.layers import grouped
 from tinyonn_jax.models.flops import useful_flops

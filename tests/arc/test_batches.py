@@ -15,7 +15,8 @@ from tinyonn_jax.arc.batches import (
     query_length,
     validation_batches,
 )
-from tinyonn_jax.arc.tasks import DataError, Example, Pair, Task, TaskSets
+from tinyonn_jax.arc.sets import Example, TaskSets
+from tinyonn_jax.arc.tasks import DataError, Pair, Task
 from tinyonn_jax.arc.tokens import END, ROW, SEP, START, decode, encode, pair_length
 from tinyonn_jax.config import DataConfig
 

@@ -9,7 +9,8 @@ import pytest
 from tinyonn_jax.arc.augment import DIHEDRALS
 from tinyonn_jax.arc.batches import batch_at, build_dataset
 from tinyonn_jax.arc.continual import build_stages, measures
-from tinyonn_jax.arc.tasks import DataError, TaskSets, load_task_sets
+from tinyonn_jax.arc.sets import TaskSets, load_task_sets
+from tinyonn_jax.arc.tasks import DataError
 from tinyonn_jax.config import Config, ConfigError, DataConfig
 from tinyonn_jax.presets import PRESETS
 

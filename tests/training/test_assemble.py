@@ -13,7 +13,7 @@ from tinyonn_jax.arc.augment import Augmentation
 from tinyonn_jax.arc.batches import Dataset, Query, batch_at, build_dataset, prompts, validation_batches
 from tinyonn_jax.arc.evaluate import evaluate
 from tinyonn_jax.arc.forced import exact
-from tinyonn_jax.arc.tasks import TaskSets, load_task_sets
+from tinyonn_jax.arc.sets import TaskSets, load_task_sets
 from tinyonn_jax.config import Config, ConfigError, EvalConfig, MeshConfig
 from tinyonn_jax.layers import base, dynmoe
 from tinyonn_jax.layers.routing import Router

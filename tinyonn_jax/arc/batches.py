@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from tinyonn_jax.arc.augment import DIHEDRALS, Augmentation, free_colours, transform, turns_rows
-from tinyonn_jax.arc.tasks import DataError, Pair, Task, TaskSets
+from tinyonn_jax.arc.sets import TaskSets
+from tinyonn_jax.arc.tasks import DataError, Pair, Task
 from tinyonn_jax.arc.tokens import COLOURS, END, VOCAB, Encoded, Format, Grid, encode, pair_length, prompt_length
 from tinyonn_jax.config import DataConfig
 

@@ -27,7 +27,8 @@ from tinyonn_jax.arc.batches import (
     query_length,
     round_up,
 )
-from tinyonn_jax.arc.tasks import DataError, TaskSets
+from tinyonn_jax.arc.sets import TaskSets
+from tinyonn_jax.arc.tasks import DataError
 from tinyonn_jax.config import DataConfig
 
 MEASURES = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer", "forward_transfer")
