@@ -20,8 +20,10 @@ else:
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("XLA_FLAGS", QUICK)
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # where in the source each operation is from: for profiles alone
 
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+jax.config.update("jax_traceback_in_locations_limit", int(os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"]))
 jax.config.update("jax_num_cpu_devices", 8)  # those programs see one device unless told otherwise
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
