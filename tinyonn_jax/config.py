@@ -162,6 +162,23 @@ class ModelConfig:
         """Whether single neurons are the modules."""
         return self.kind in ("dfc", "dfc_hard")
 
+    def idle(self, base: "ModelConfig") -> list[str]:
+        """The fields that are not as in `base`, but do nothing in this kind of network."""
+        return [
+            name for name, kinds in FIELDS_OF.items() if self.kind not in kinds and getattr(self, name) != getattr(base, name)
+        ]
+
+
+_DYNTRM = ("latent_heads", "active_heads", "experts", "active_experts", "expert_hidden", "shared_experts", "select", "weight")
+FIELDS_OF: dict[str, tuple[Kind, ...]] = {
+    **dict.fromkeys(_DYNTRM, ("dyntrm",)),
+    **dict.fromkeys(("match", "cost", "data_init"), ("dyntrm", "dfc", "dfc_hard")),
+    "hidden": ("dense", "dfc", "dfc_hard"),
+    "gated": ("dense", "dyntrm"),
+    "prc": ("dfc", "dfc_hard"),
+}
+"""The kinds of network that have a use for a field, where not all have."""
+
 
 @dataclass(frozen=True)
 class LearningConfig:

@@ -34,6 +34,7 @@ from tinyonn_jax.observe.console import Progress
 from tinyonn_jax.observe.files import ANSWERS, CONFIG, ORIGIN, PARAMETERS, ROUTING, TASKS, stored_origin, write_atomically
 from tinyonn_jax.observe.metrics import training_seconds
 from tinyonn_jax.observe.writers import MetricsWriter, read_metrics
+from tinyonn_jax.presets import PRESETS
 from tinyonn_jax.stored import differences, from_json, plain, to_json
 from tinyonn_jax.training import assemble, loop, sharding
 from tinyonn_jax.training.checkpoint import Checkpoints, meet
@@ -178,7 +179,7 @@ def _train(run: Run, started: float | None, profile: int) -> None:
 
     steps = config.train.steps
     say = Progress(steps, process=process).line
-    for line in (sets.audit, *_skipped(sets), *sets.messages, *course.messages):
+    for line in (sets.audit, *_skipped(sets), *sets.messages, *course.messages, *_idle(run)):
         say(line)
     total, embeddings, routers = (parameters[name] for name in ("total", "embeddings", "routers"))
     say(f"parameters: {total:,}, of which {embeddings:,} in embeddings and {routers:,} in routers")
@@ -320,3 +321,10 @@ class _Silent:
 
 def _skipped(sets: TaskSets) -> list[str]:
     return [f"{sets.skipped} invalid tasks skipped"] if sets.skipped else []
+
+
+def _idle(run: Run) -> list[str]:
+    """What the run has otherwise than its preset, to no effect."""
+    model = run.config.model
+    _, base = PRESETS.get(stored_origin(run.folder) or "", ("", Config()))
+    return [f"--model.{name.replace('_', '-')} does nothing in a network of kind {model.kind}" for name in model.idle(base.model)]

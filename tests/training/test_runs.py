@@ -136,11 +136,13 @@ def test_a_command_that_differs_is_refused_with_the_fields(copy, monkeypatch, ca
     assert "model.dim: 32 -> 128" in line and "preset smoke, not demo" in line
 
 
-def test_a_run_begun_anew_keeps_nothing_of_the_one_before(copy, monkeypatch):
+def test_a_run_begun_anew_keeps_no_results_and_says_which_fields_do_nothing(copy, monkeypatch, capsys):
     shutil.rmtree(copy / "checkpoints")
     (copy / "score.json").write_text("{}")
     dense = ("--model.kind", "dense", "--learning.rule", "none", "--data.buckets", "48", "--train.steps", "2", "--mesh.data", "1")
     assert here(monkeypatch, "train", "--preset", "smoke", "--workdir", copy, *dense) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "does nothing" in line]
+    assert said == ["--model.experts does nothing in a network of kind dense"]  # three of them, as the run before began with
     assert not (copy / "score.json").exists() and not (copy / "routing_latest.npz").exists()
     assert [row["step"] for row in rows(copy)] == [1, 2]
 
