@@ -22,6 +22,7 @@ from tinyonn_jax.observe.answers import answers  # noqa: E402
 from tinyonn_jax.observe.console import print_grids, table  # noqa: E402
 from tinyonn_jax.observe.metrics import percent  # noqa: E402
 from tinyonn_jax.training import assemble  # noqa: E402
+from tinyonn_jax.uses import under  # noqa: E402
 
 # What draws is imported where it is needed: matplotlib takes a second, which training need not wait for.
 
@@ -41,7 +42,7 @@ def learn_continually(args: cli.Continual) -> None:
     for network in args.networks:
         kind, _, rule = network.partition("/")
         model = assemble.narrowed(replace(args.config.model, kind=kind), args.parameters)
-        learning = args.config.learning.under(rule)  # pyright: ignore[reportArgumentType]
+        learning = under(args.config.learning, rule)  # pyright: ignore[reportArgumentType]
         for seed in args.seeds:
             configs[network, seed] = replace(
                 args.config, model=model, learning=learning, train=replace(args.config.train, seed=seed)

@@ -3,7 +3,6 @@
 The docstring below each field is its `--help` line.
 """
 
-import dataclasses
 import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -162,23 +161,6 @@ class ModelConfig:
         """Whether single neurons are the modules."""
         return self.kind in ("dfc", "dfc_hard")
 
-    def idle(self, base: "ModelConfig") -> list[str]:
-        """The fields that are not as in `base`, but do nothing in this kind of network."""
-        return [
-            name for name, kinds in FIELDS_OF.items() if self.kind not in kinds and getattr(self, name) != getattr(base, name)
-        ]
-
-
-_DYNTRM = ("latent_heads", "active_heads", "experts", "active_experts", "expert_hidden", "shared_experts", "select", "weight")
-FIELDS_OF: dict[str, tuple[Kind, ...]] = {
-    **dict.fromkeys(_DYNTRM, ("dyntrm",)),
-    **dict.fromkeys(("match", "cost", "data_init"), ("dyntrm", "dfc", "dfc_hard")),
-    "hidden": ("dense", "dfc", "dfc_hard"),
-    "gated": ("dense", "dyntrm"),
-    "prc": ("dfc", "dfc_hard"),
-}
-"""The kinds of network that have a use for a field, where not all have."""
-
 
 @dataclass(frozen=True)
 class LearningConfig:
@@ -224,24 +206,6 @@ class LearningConfig:
         _require(
             self.pi_alpha > 0 and self.pi_gamma >= 0, "learning.pi_alpha must be positive and learning.pi_gamma not negative"
         )
-
-    def foreign(self, rule: RuleName) -> dict[str, Any]:
-        """The options that are set, but do nothing under this rule, with their defaults."""
-        default = {f.name: f.default for f in dataclasses.fields(self)}
-        others = [name for name, rules in OPTIONS_OF.items() if rule not in rules]
-        return {name: default[name] for name in others if getattr(self, name) != default[name]}
-
-    def under(self, rule: RuleName) -> "LearningConfig":
-        """The same under another rule, without what does nothing there."""
-        return dataclasses.replace(self, rule=rule, **self.foreign(rule))
-
-
-OPTIONS_OF: dict[str, tuple[RuleName, ...]] = {
-    **dict.fromkeys(("granularity", "prior_sign", "neuron_cost", "goodness_gate", "centre"), ("sars",)),
-    **dict.fromkeys(("attract", "regress", "protect", "temperature", "l2", "renew"), ("msaps",)),
-    "balance": ("sars", "backprop"),
-}
-"""The rules that have a use for an option."""
 
 
 @dataclass(frozen=True)

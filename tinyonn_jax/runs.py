@@ -41,6 +41,7 @@ from tinyonn_jax.training.checkpoint import Checkpoints, meet
 from tinyonn_jax.training.objective import make_rule
 from tinyonn_jax.training.state import TrainState
 from tinyonn_jax.training.step import Step
+from tinyonn_jax.uses import idle
 
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
 Say = Callable[[str], None]
@@ -327,4 +328,5 @@ def _idle(run: Run) -> list[str]:
     """What the run has otherwise than its preset, to no effect."""
     model = run.config.model
     _, base = PRESETS.get(stored_origin(run.folder) or "", ("", Config()))
-    return [f"--model.{name.replace('_', '-')} does nothing in a network of kind {model.kind}" for name in model.idle(base.model)]
+    names = (name.replace("_", "-") for name in idle(model, base.model))
+    return [f"--model.{name} does nothing in a network of kind {model.kind}" for name in names]

@@ -7,8 +7,9 @@ import jax
 import pytest
 
 from tests.models import tiny
-from tinyonn_jax.config import FIELDS_OF, Kind, ModelConfig
+from tinyonn_jax.config import Kind, ModelConfig
 from tinyonn_jax.models import transformer
+from tinyonn_jax.uses import FIELDS_OF, idle
 
 OTHER = {
     **{"latent_heads": 6, "active_heads": 2, "experts": 4, "active_experts": 1, "expert_hidden": 6, "shared_experts": 1},
@@ -31,4 +32,4 @@ def test_a_field_changes_the_network_just_where_it_is_said_to(kind):
     for name in FIELDS_OF.keys() - {"data_init"}:  # that one sets first values of prototypes, and nothing after
         changed = tiny.config(kind, recursed=False, **{name: OTHER[name]})
         assert (program(changed) != plain) == (kind in FIELDS_OF[name]), name
-        assert changed.idle(cfg) == ([] if kind in FIELDS_OF[name] else [name])
+        assert idle(changed, cfg) == ([] if kind in FIELDS_OF[name] else [name])

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from tests.models import tiny
-from tinyonn_jax.config import OPTIONS_OF, Config, ConfigError, LearningConfig, RuleName
+from tinyonn_jax.config import Config, ConfigError, LearningConfig, RuleName
 from tinyonn_jax.learning import none
 from tinyonn_jax.models import transformer
 from tinyonn_jax.training.objective import make_loss, make_rule, measure, token_losses
+from tinyonn_jax.uses import OPTIONS_OF, under
 
 BATCH = tiny.batch()
 
@@ -93,9 +94,9 @@ def test_options_of_another_rule_are_refused_and_left_behind(rule, option):
     (name,) = option
     with pytest.raises(ConfigError, match=f"learning.{name} belongs to rule .* and does nothing under {rule}"):
         make_rule(Config(learning=learning))
-    assert learning.under(rule) == LearningConfig(rule=rule, pi_alpha=0.2)
+    assert under(learning, rule) == LearningConfig(rule=rule, pi_alpha=0.2)
     owner = OPTIONS_OF[name][0]
-    assert learning.under(owner) == LearningConfig(rule=owner, pi_alpha=0.2, **option)
+    assert under(learning, owner) == LearningConfig(rule=owner, pi_alpha=0.2, **option)
 
 
 def test_every_option_of_a_rule_is_known():

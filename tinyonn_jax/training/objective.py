@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tinyonn_jax.arc.forced import exact
-from tinyonn_jax.config import OPTIONS_OF, Config, ConfigError
+from tinyonn_jax.config import Config, ConfigError
 from tinyonn_jax.learning import LearningRule, backprop, integrity, msaps, none, sars
 from tinyonn_jax.models import transformer
 from tinyonn_jax.training.step import Aux, LossFn
+from tinyonn_jax.uses import OPTIONS_OF, foreign
 
 
 def make_rule(config: Config) -> LearningRule:
@@ -23,7 +24,7 @@ def make_rule(config: Config) -> LearningRule:
         ConfigError: options are set that do nothing under it.
     """
     cfg = config.learning
-    for name in cfg.foreign(cfg.rule):
+    for name in foreign(cfg, cfg.rule):
         owners = " and ".join(OPTIONS_OF[name])
         raise ConfigError(f"learning.{name} belongs to rule {owners} and does nothing under {cfg.rule}: leave it out")
     match cfg.rule:

@@ -1,0 +1,41 @@
+"""Which fields of a configuration do something: under which learning rule, in which kind of network."""
+
+import dataclasses
+from typing import Any
+
+from tinyonn_jax.config import Kind, LearningConfig, ModelConfig, RuleName
+
+OPTIONS_OF: dict[str, tuple[RuleName, ...]] = {
+    **dict.fromkeys(("granularity", "prior_sign", "neuron_cost", "goodness_gate", "centre"), ("sars",)),
+    **dict.fromkeys(("attract", "regress", "protect", "temperature", "l2", "renew"), ("msaps",)),
+    "balance": ("sars", "backprop"),
+}
+"""The rules that have a use for an option."""
+
+_DYNTRM = ("latent_heads", "active_heads", "experts", "active_experts", "expert_hidden", "shared_experts", "select", "weight")
+FIELDS_OF: dict[str, tuple[Kind, ...]] = {
+    **dict.fromkeys(_DYNTRM, ("dyntrm",)),
+    **dict.fromkeys(("match", "cost", "data_init"), ("dyntrm", "dfc", "dfc_hard")),
+    "hidden": ("dense", "dfc", "dfc_hard"),
+    "gated": ("dense", "dyntrm"),
+    "prc": ("dfc", "dfc_hard"),
+}
+"""The kinds of network that have a use for a field, where not all have."""
+
+
+def foreign(cfg: LearningConfig, rule: RuleName) -> dict[str, Any]:
+    """The options that are set, but do nothing under this rule, with their defaults."""
+    default = {f.name: f.default for f in dataclasses.fields(cfg)}
+    others = [name for name, rules in OPTIONS_OF.items() if rule not in rules]
+    return {name: default[name] for name in others if getattr(cfg, name) != default[name]}
+
+
+def under(cfg: LearningConfig, rule: RuleName) -> LearningConfig:
+    """The same under another rule, without what does nothing there."""
+    return dataclasses.replace(cfg, rule=rule, **foreign(cfg, rule))
+
+
+def idle(cfg: ModelConfig, base: ModelConfig) -> list[str]:
+    """The fields that are not as in `base`, but do nothing in this kind of network."""
+    others = [name for name, kinds in FIELDS_OF.items() if cfg.kind not in kinds]
+    return [name for name in others if getattr(cfg, name) != getattr(base, name)]
