@@ -127,5 +127,7 @@ def test_taps_fit_the_shapes_of_routings_with_a_leading_axis():
 
 
 def test_average_passes_over_what_is_not_a_number():
-    assert float(signals.average([jnp.float32(1), jnp.float32(np.nan), jnp.float32(4)])) == 2.5
-    assert np.isnan(signals.average([jnp.float32(np.nan)]))
+    one, none, four = jnp.float32(1), jnp.float32(np.nan), jnp.int32(4)
+    layers = [{"a": one, "b": none}, {"a": none, "load": jnp.ones(3)}, {"a": four}]
+    means = signals.averages(layers)
+    assert means.keys() == {"a", "b"} and float(means["a"]) == 2.5 and np.isnan(means["b"]) and not signals.averages([{}])

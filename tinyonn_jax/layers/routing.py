@@ -103,7 +103,8 @@ class Routing:
     marks the valid tokens that had no module above zero (in some group) where the selection asks for one. `config` says how
     the decision was made, so that a learning rule can make the logits again from `input`. `dropped` marks the slots in use that
     go without their module, because too many tokens were sent to its device; None where that cannot be (see `layers.parallel`).
-    `load` is there where every module has a slot of its own: sums over as many slots as outputs are best taken on the spot.
+    `load` is there where every module has a slot of its own, for sums over as many slots as outputs are best taken on the spot;
+    and of what a train step hands to its rule.
     """
 
     logits: Float[Array, "*R N M"]

@@ -5,6 +5,7 @@ token n in slot k, with y_n = Σ_k w·f_m(x_n) and g_n = dL/dy_n. Letters: N tok
 recursions or layers where the model has one. Source: seed 1 §3, seed 3.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -107,8 +108,12 @@ def _gating_accuracy(routing: Routing, signals: Signals) -> Array:
     return jnp.sum(right) / jnp.sum(contested)
 
 
-def average(values: list[Array]) -> Array:
-    """The mean of the finite ones of some scalars; NaN if there are none."""
-    stacked = jnp.stack([jnp.asarray(v, jnp.float32) for v in values])
-    finite = jnp.isfinite(stacked)
-    return jnp.sum(jnp.where(finite, stacked, 0)) / jnp.sum(finite)
+def averages(layers: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Of every scalar that some of the layers have, the mean over those in which it is finite; NaN if it is in none."""
+    names = [*dict.fromkeys(name for layer in layers for name, value in layer.items() if jnp.ndim(value) == 0)]
+    if not names:
+        return {}
+    table = jnp.stack([jnp.asarray(layer.get(name, jnp.nan), jnp.float32) for layer in layers for name in names])
+    table = table.reshape(len(layers), len(names))
+    finite = jnp.isfinite(table)
+    return dict(zip(names, jnp.unstack(jnp.sum(jnp.where(finite, table, 0), 0) / jnp.sum(finite, 0)), strict=True))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from tinyonn_jax.layers.routing import Routing
+from tinyonn_jax.layers.routing import Routing, load
 from tinyonn_jax.layers.tap import Taps, noted
 from tinyonn_jax.learning import signals as surprise
 from tinyonn_jax.learning import variational
@@ -79,22 +79,23 @@ def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: MetaState,
         warnings.warn(
             f"no gradient reaches the tap of layer {name!r}: its surprise is zero. Is taps[{name!r}] handed on?", stacklevel=2
         )
-    signals = surprise.read(tapped, aux.routings)
+    routings = {name: replace(routing, load=load(routing)) for name, routing in aux.routings.items()}  # many ask for it
+    signals = surprise.read(tapped, routings)
 
     objective = jax.value_and_grad(rule.objective, has_aux=True)
-    (meta_loss, rule_metrics), meta_grads = objective(routers(params), aux.routings, signals, meta)
+    (meta_loss, rule_metrics), meta_grads = objective(routers(params), routings, signals, meta)
     for name, router in routers(grads).items():
         grads = replace_part(grads, name, "router", jax.tree.map(jnp.add, router, meta_grads[name]))
-    grads = rule.adjust(grads, params, aux.routings, signals, meta)
+    grads = rule.adjust(grads, params, routings, signals, meta)
 
     metrics = {
         "main_loss": loss,
         "meta_loss": meta_loss,
-        **_routing_metrics(params, aux.routings, signals, rule_metrics, meta),
+        **_routing_metrics(params, routings, signals, rule_metrics, meta),
     }
-    if aux.routings:
+    if routings:
         metrics["elbo"] = -loss - sum(layer["kl"] for layer in metrics["layers"].values())
-    return grads, aux.routings, signals, _joined(aux.metrics, metrics)
+    return grads, routings, signals, _joined(aux.metrics, metrics)
 
 
 def _joined(metrics: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -125,12 +126,7 @@ def _routing_metrics(params: Any, routings: Any, signals: Any, rule_metrics: Any
     }
     if not found:
         return rule_metrics
-    scalars: dict[str, list[Array]] = {}
-    for layer in found.values():
-        for key, value in layer.items():
-            if jnp.ndim(value) == 0:
-                scalars.setdefault(key, []).append(value)
-    return {**rule_metrics, **{key: surprise.average(values) for key, values in scalars.items()}, "layers": found}
+    return {**rule_metrics, **surprise.averages(list(found.values())), "layers": found}
 
 
 def _divergence(routing: Routing, prior: Array) -> dict[str, Array]:
