@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tinyonn_jax.layers.base import Param, is_param
@@ -21,7 +20,7 @@ def make(spec: Any, seed: int = 0) -> Any:
     def fill(p: Param) -> jax.Array:
         kind = len(p.shape) - (p.axes[0] == "layers")
         values = rng.normal(size=p.shape) * (0.3 if kind == 1 else p.shape[-2] ** -0.5)
-        return jnp.asarray(values + (kind == 1 and p.axes[-1] == "embed"), jnp.float32)
+        return jax.device_put((values + (kind == 1 and p.axes[-1] == "embed")).astype(np.float32))
 
     return jax.tree.map(fill, spec, is_leaf=is_param)
 
@@ -31,16 +30,17 @@ def hand_made(index, weight, active, modules: int, width: int = 1, valid=None, g
     rng = np.random.default_rng(0)
     index, weight, active = np.asarray(index, np.int32), np.asarray(weight, np.float32), np.asarray(active, bool)
     lead = index.shape[:-1]
-    return Routing(
-        logits=jnp.asarray(rng.normal(size=(*lead, modules)) if logits is None else logits, jnp.float32),
-        index=jnp.asarray(index),
-        weight=jnp.asarray(np.where(active, weight, 0)),
-        active=jnp.asarray(active),
-        input=jnp.asarray(rng.normal(size=(*lead, width)), jnp.float32),
-        valid=jnp.ones(lead, bool) if valid is None else jnp.asarray(valid),
-        unrouted=jnp.zeros(lead, bool),
+    made = Routing(
+        logits=np.asarray(rng.normal(size=(*lead, modules)) if logits is None else logits, np.float32),
+        index=index,
+        weight=np.where(active, weight, 0),
+        active=active,
+        input=rng.normal(size=(*lead, width)).astype(np.float32),
+        valid=np.ones(lead, bool) if valid is None else np.asarray(valid),
+        unrouted=np.zeros(lead, bool),
         config=RouterConfig(modules, index.shape[-1] // groups, groups),
     )
+    return jax.device_put(made)
 
 
 def by_module(values, routing: Routing) -> np.ndarray:

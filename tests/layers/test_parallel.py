@@ -93,8 +93,8 @@ def program(layer: str, cfg: MeshConfig, split: bool = True, ragged: bool = Fals
             (_, y), grads = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(w, x, r.weight, t)
         return y, grads
 
-    params = jax.device_put(make(spec), sharding.state_shardings(mesh, spec, spec))
-    return jax.jit(run), lambda r: (params, *sharding.shard_batch(mesh, (X, r)), tap.zeros(r))
+    params = jax.device_put(jax.device_get(make(spec)), sharding.state_shardings(mesh, spec, spec))
+    return jax.jit(run), lambda r: (params, *sharding.shard_batch(mesh, jax.device_get((X, r))), tap.zeros(r))
 
 
 @pytest.mark.parametrize(

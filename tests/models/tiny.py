@@ -46,7 +46,7 @@ def batch(rows: int = 3, length: int = 6, seed: int = 0) -> Any:
         task=rng.integers(0, TASKS, rows).astype(np.int32),
         dihedral=rng.integers(0, 8, rows).astype(np.int32),
     )
-    return jax.tree.map(jnp.asarray, arrays)
+    return jax.device_put(arrays)
 
 
 def params(cfg: ModelConfig, seed: int = 0) -> Any:
