@@ -229,7 +229,7 @@ def test_another_number_of_devices_goes_on(first, copy, monkeypatch, capsys):
         np.testing.assert_allclose(one[name], eight[name], atol=5e-3, err_msg=name)
 
 
-def test_evaluate_predict_and_report_need_the_folder_alone(copy, tmp_path, monkeypatch):
+def test_evaluate_predict_and_report_need_the_folder_alone(copy, tmp_path, monkeypatch, capsys):
     done = run("evaluate", "--workdir", copy, "--augmentations", "2")
     assert done.returncode == 0, done.stderr
     score = json.loads((copy / "score.json").read_text())
@@ -244,9 +244,10 @@ def test_evaluate_predict_and_report_need_the_folder_alone(copy, tmp_path, monke
     assert "pass@2" in done.stdout
 
     name = next(iter(predictions))
-    done = run("predict", "--workdir", copy, "--task", name, "--augmentations", "2")
-    assert done.returncode == 0, done.stderr
-    assert "test input" in done.stdout and "attempt 1" in done.stdout
+    capsys.readouterr()
+    assert here(monkeypatch, "predict", "--workdir", copy, "--task", name, "--augmentations", "2", "--mesh.data", "1") == 0
+    out = capsys.readouterr().out
+    assert "test input" in out and "attempt 1" in out
     assert (copy / "figures" / f"task_{name}.png").read_bytes().startswith(b"\x89PNG")
 
     assert here(monkeypatch, "report", "--workdir", copy) == 0
@@ -255,13 +256,12 @@ def test_evaluate_predict_and_report_need_the_folder_alone(copy, tmp_path, monke
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_of_a_single_view_a_finalist_is_as_likely_as_it_was_decoded(copy):
-    done = run("evaluate", "--workdir", copy, "--augmentations", "1", "--finalists", "2")
-    assert done.returncode == 0, done.stderr
+def test_of_a_single_view_a_finalist_is_as_likely_as_it_was_decoded(copy, monkeypatch, capsys):
+    assert here(monkeypatch, "evaluate", "--workdir", copy, "--augmentations", "1", "--finalists", "2", "--mesh.data", "1") == 0
     entries = [e for answers in json.loads((copy / "predictions.json").read_text())["tasks"].values() for e in answers]
     found = [candidate for entry in entries for candidate in entry["candidates"]]
     assert found and [c["likelihood"] for c in found] == pytest.approx([c["logprob"] for c in found], abs=1e-4)
-    assert f"scored {len(found)} of {len(found)} sequences" in done.stdout
+    assert f"scored {len(found)} of {len(found)} sequences" in capsys.readouterr().out
     assert json.loads((copy / "score.json").read_text())["eval"]["finalists"] == 2
 
 
