@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 ARC = (sys.executable, "experiments/arc.py")
 TRAIN = (
     *("train", "--preset", "smoke", "--data.buckets", "48"),
-    *("--data.tokens-per-batch", "384", "--train.steps", "70", "--train.log-every", "5", "--train.checkpoint-every", "10"),
+    *("--data.tokens-per-batch", "384", "--train.steps", "100", "--train.log-every", "5", "--train.checkpoint-every", "10"),
     *("--optim.matrices", "adamw"),
 )  # fmt: skip
 
@@ -83,20 +83,20 @@ def test_two_processes_train_as_one_and_whoever_is_left_goes_on(reference, tmp_p
 
     (alone,) = reach(folder, 40, [start(folder, TRAIN)])
     alone.send_signal(signal.SIGTERM)
-    assert re.search("going on from step (10|20|30)", finish(alone, 128 + signal.SIGTERM))
+    assert re.search(r"going on from step [123]0", finish(alone, 128 + signal.SIGTERM))
     stopped = saved(folder)
-    assert 40 <= stopped < 50
+    assert 40 <= stopped < 70
 
-    pair = reach(folder, 55, start_two(folder, TRAIN, unused_port))
+    pair = reach(folder, 70, start_two(folder, TRAIN, unused_port))
     pair[1].send_signal(signal.SIGTERM)  # both save, at the same step
     said = [finish(program, 128 + signal.SIGTERM) for program in pair]
     assert f"going on from step {stopped}" in said[0]
     lines = {line for out in said for line in out.splitlines() if "resume with" in line}
-    assert len({line.split(";")[0] for line in lines}) == 1 and saved(folder) == max(losses(folder)) >= 55
+    assert len({line.split(";")[0] for line in lines}) == 1 and saved(folder) == max(losses(folder)) >= 70
 
     got, want = losses(folder), losses(reference)
     logged = [step for step in want if step <= saved(folder)]
-    assert len(logged) >= 12
+    assert len(logged) >= 15
     np.testing.assert_allclose([got[step] for step in logged], [want[step] for step in logged], rtol=0, atol=1e-6)
 
 

@@ -317,9 +317,9 @@ def test_mesh_and_evaluation_named_later_are_kept(copy, monkeypatch, capsys):
     assert here(monkeypatch, "train", "--workdir", copy, "--mesh.data", "1", "--eval.augmentations", "3") == 0
     stored = from_json((copy / "config.json").read_text())
     assert stored.mesh.data == 1 and stored.eval.augmentations == 3
-    assert here(monkeypatch, "evaluate", "--workdir", copy, "--eval.batch", "8") == 0  # a name of train
+    assert here(monkeypatch, "evaluate", "--workdir", copy, "--eval.blank-task") == 0  # a name of train
     score = json.loads((copy / "score.json").read_text())
-    assert score["eval"]["augmentations"] == 3 and score["eval"]["batch"] == 8
+    assert score["eval"]["augmentations"] == 3 and score["eval"]["blank_task"]
 
 
 def test_what_differs_from_a_run_names_how_it_began(copy, monkeypatch, capsys):
