@@ -100,8 +100,7 @@ def program(layer: str, cfg: MeshConfig, split: bool = True, ragged: bool = Fals
 @pytest.mark.parametrize(
     ("layer", "mesh", "ragged"),
     [
-        *((layer, mesh, False) for layer in LAYERS for mesh in (MeshConfig(2, 2, 2), sending(2, 2, 2))),
-        ("mlps", MeshConfig(1, 1, 8), False),
+        *((layer, mesh, False) for layer in LAYERS for mesh in (MeshConfig(2, 2, 2), MeshConfig(1, 1, 8), sending(2, 2, 2))),
         ("mlps", sending(1, 1, 8), False),
         ("mlps", sending(1, 1, 8), True),
         ("mlps", MeshConfig(2, 1, 4), False),

@@ -233,7 +233,7 @@ def test_remat_makes_no_decision_twice(isolate):
 KINDS = ["dense", "dyntrm", "dfc", "dfc_hard"]
 
 
-@pytest.mark.parametrize("kind", ["dyntrm", "dfc"])  # dense has no taps; those of hard gates, see tests/layers/test_spl.py
+@pytest.mark.parametrize("kind", KINDS[1:])  # dense has no taps
 def test_taps_change_nothing(kind):
     cfg = tiny.config(kind)
     params = tiny.params(cfg)
@@ -244,7 +244,7 @@ def test_taps_change_nothing(kind):
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-7 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("kind", ["dense", "dyntrm", "dfc"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_stacked_blocks_with_the_same_weights_are_the_recursed_block(kind):
     recursed, stacked = tiny.config(kind), tiny.config(kind, recursed=False, prc=False)
     params = tiny.params(recursed)
