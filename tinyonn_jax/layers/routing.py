@@ -178,9 +178,10 @@ def match(x: Float[Array, "N D"], proto: Float[Array, "M D"], cfg: RouterConfig)
     """Cosine similarity x·p / (‖x‖‖p‖), or dot product x·p / √D (seeds 0 and 1)."""
     if cfg.match == "dot":
         return _exact(x, proto.T) * x.shape[-1] ** -0.5
-    # A zero vector matches nothing: rsqrt(0 + ε²) keeps value and gradient finite.
-    x = x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + EPS**2)
-    return _exact(x, (proto * jax.lax.rsqrt(jnp.sum(proto * proto, -1, keepdims=True) + EPS**2)).T)
+    # A zero vector matches nothing: rsqrt(0 + ε²) keeps value and gradient finite. Tokens are many: it is their M products that
+    # are divided by their norms, not their D entries.
+    per_norm = lambda v: jax.lax.rsqrt(jnp.sum(v * v, -1, keepdims=True) + EPS**2)  # noqa: E731
+    return _exact(x, (proto * per_norm(proto)).T) * per_norm(x)
 
 
 def cost(x: Float[Array, "N D"], gate: Array, cfg: RouterConfig) -> Array:
