@@ -121,12 +121,12 @@ def weight_gradient(
     block = loop.block(recursions * pairs, modules)
     x, g = (jnp.pad(a.reshape(-1, a.shape[-1])[origin], ((0, block), (0, 0))) for a in (x, g))
     run = jnp.pad(run, (0, block), constant_values=modules * recursions)
-    count, locate = blocks(jnp.sum(sizes, 0), block)
+    count, table = blocks(jnp.sum(sizes, 0), block, recursions * pairs)
     take = partial(lax.dynamic_slice_in_dim, slice_size=block)
 
     def body(i, carry):
         dw, squares = carry
-        m, first, rows = locate(i)
+        m, first, rows = (loop.at(part, i) for part in table)
         own = take(x, first), jnp.where((jnp.arange(block) < rows)[:, None], take(g, first), 0), take(run, first)
         part = lax.dot_general(own[0], own[1], (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         dw = lax.dynamic_update_index_in_dim(dw, lax.dynamic_index_in_dim(dw, m, keepdims=False) + part, m, 0)

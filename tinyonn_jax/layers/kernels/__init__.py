@@ -10,10 +10,10 @@ Letters: P rows, M modules, I inputs, O outputs of one module.
 """
 
 import importlib
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 Kernel = Literal["loop", "ragged", "pallas", "padded", "dense", "tokamax"]
@@ -38,21 +38,18 @@ def load(kernel: Kernel) -> Any:
 
 
 def blocks(
-    sizes: Int[Array, " M"], block: int, skip: int | Array = 0
-) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
-    """How many blocks of at most `block` rows there are, and a function from a block's number (or many) to its module, its first
-    row and its number of rows; 0 or less from the last block on. P rows have at most ⌊P / block⌋ + M of them. The first `skip`
-    rows of every module are in none.
+    sizes: Int[Array, " M"], block: int, pairs: int, skip: int | Array = 0
+) -> tuple[Int[Array, ""], tuple[Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]]]:
+    """How many blocks of at most `block` rows `pairs` rows make, and of each the module, the first row and the number of rows; 0
+    or less from the last block on, for there is room for as many as there may be: B = ⌊P / block⌋ + M. The first `skip` rows of
+    every module are in none.
     """
     ends, rest = jnp.cumsum(sizes), jnp.maximum(sizes - skip, 0)
-    last = jnp.cumsum(-(-rest // block))
-
-    def locate(i):
-        m = jnp.minimum(jnp.searchsorted(last, i, side="right", method="compare_all"), sizes.shape[0] - 1)
-        first = ends[m] - rest[m] + (i - last[m] + -(-rest[m] // block)) * block
-        return m, first, jnp.minimum(ends[m] - first, block)
-
-    return last[-1], locate
+    own = lax.div(rest + (block - 1), block)
+    last, i = jnp.cumsum(own), jnp.arange(pairs // block + sizes.shape[0])
+    m = jnp.minimum(jnp.searchsorted(last, i, side="right", method="compare_all"), sizes.shape[0] - 1)
+    first = (ends - rest + (own - last) * block)[m] + i * block
+    return last[-1], (m, first, jnp.minimum(ends[m] - first, block))
 
 
 def take(x: Float[Array, "P I"], index: Int[Array, "*N"]) -> Float[Array, "*N I"]:

@@ -37,24 +37,24 @@ def backward_rows(w, sizes, g):
 
 def _times(x, w, sizes, axis):
     """Every row times its module's weight, summed over this axis of a weight."""
-    size = _rows(x, w)
+    size = min(block(x.shape[0], w.shape[0]), x.shape[0])
 
     def batched(row, place):
         return take(_flat(lax.dot_general(take(x, row), w, (((2,), (1 + axis,)), ((0,), (0,))))), place)
 
     y, skip = _started(batched, sizes, x.shape[0])
-    count, locate = blocks(sizes, size, skip)
+    count, cut = _cuts(sizes, size, x.shape[0], skip)
 
     def body(i, y):
-        m, start, own = _cut(*locate(i), size, x.shape[0])
-        part = lax.dynamic_slice_in_dim(x, start, size)
-        return _put(y, lax.dot_general(part, _of(w, m), (((1,), (axis,)), ((), ()))), start, own)
+        m, start, own = cut(i)
+        part = lax.dot_general(_rows(x, start, size), at(w, m), (((1,), (axis,)), ((), ())))
+        return _put(y, part, start, own)
 
     return lax.fori_loop(0, count, body, y)
 
 
 def backward(tapped, x, w, sizes, g):
-    size = _rows(x, w)
+    size = min(block(x.shape[0], w.shape[0]), x.shape[0])
 
     def batched(row, place):
         first_x, first_g = take(x, row), take(g, row)
@@ -63,43 +63,51 @@ def backward(tapped, x, w, sizes, g):
         return take(_flat(dx), place), dw
 
     done, skip = _started(batched, sizes, x.shape[0])
-    count, locate = blocks(sizes, size, skip)
+    count, cut = _cuts(sizes, size, x.shape[0], skip)
 
     def body(i, carry):
         dx, dw = carry
-        m, start, own = _cut(*locate(i), size, x.shape[0])
-        part_x, part_g = (lax.dynamic_slice_in_dim(a, start, size) for a in (x, g))
-        dx = _put(dx, lax.dot_general(part_g, _of(w, m), (((1,), (1,)), ((), ()))), start, own)
+        m, start, own = cut(i)
+        part_x, part_g = _rows(x, start, size), _rows(g, start, size)
+        dx = _put(dx, lax.dot_general(part_g, at(w, m), (((1,), (1,)), ((), ()))), start, own)
         if x.shape[1] < g.shape[1]:  # zeros in either leave the rows of other modules out of the sum
             part_x = jnp.where(own, part_x, 0)
         else:
             part_g = jnp.where(own, part_g, 0)
         part_dw = lax.dot_general(part_x, part_g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return dx, lax.dynamic_update_index_in_dim(dw, _of(dw, m) + part_dw, m, 0)
+        return dx, lax.dynamic_update_index_in_dim(dw, at(dw, m) + part_dw, m, 0, allow_negative_indices=False)
 
     dx, dw = lax.fori_loop(0, count, body, done)
     return dx, dw.astype(w.dtype), row_norms(tapped, x, g, sizes), module_norms(tapped, dw)
 
 
-def _rows(x, w):
-    return min(block(x.shape[0], w.shape[0]), x.shape[0])
-
-
-def _of(w, m):
-    return lax.dynamic_index_in_dim(w, m, keepdims=False)
-
-
-def _cut(m, first, rows, size, pairs):
-    """A block's module, where to cut the block out so that it ends before the last row, and which of its rows `[size,1]` are the
-    module's own."""
+def _cuts(sizes, size, pairs, skip):
+    """How many blocks there are, and a function from a block's number to its module, where to cut the block out so that it ends
+    before the last row, and which of its rows `[size,1]` are the module's own."""
+    count, (module, first, rows) = blocks(sizes, size, pairs, skip)
     start = jnp.minimum(first, pairs - size)
-    row = start + jnp.arange(size)[:, None]
-    return m, start, (row >= first) & (row < first + rows)
+    table, row = (module, start, first - start, first - start + rows), jnp.arange(size)[:, None]
+
+    def cut(i):
+        m, start, low, high = (at(part, i) for part in table)
+        return m, start, (row >= low) & (row < high)
+
+    return count, cut
+
+
+def at(x, i):
+    """x[i], without the operations that negative indices would take."""
+    return lax.dynamic_index_in_dim(x, i, keepdims=False, allow_negative_indices=False)
+
+
+def _rows(x, start, size):
+    return lax.dynamic_slice_in_dim(x, start, size, allow_negative_indices=False)
 
 
 def _put(y, out, start, own):
     """y with a block's output in its place; rows that are not its own stay as they are."""
-    return lax.dynamic_update_slice_in_dim(y, jnp.where(own, out, lax.dynamic_slice_in_dim(y, start, own.size)), start, 0)
+    out = jnp.where(own, out, _rows(y, start, own.size))
+    return lax.dynamic_update_slice_in_dim(y, out, start, 0, allow_negative_indices=False)
 
 
 def _started(batched, sizes, pairs):

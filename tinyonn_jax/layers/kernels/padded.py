@@ -14,8 +14,7 @@ def _layout(sizes, pairs):
     """The module of each block `[N]`, the row at each place of it `[N,B]` (P: none), the place of each row `[P]` (N·B: none)."""
     modules = sizes.shape[0]
     block = power_of_two(pairs // modules // 8, 16, 512)
-    number = pairs // block + modules
-    module, first, rows = blocks(sizes, block)[1](jnp.arange(number))
+    _, (module, first, rows) = blocks(sizes, block, pairs)
     inside = jnp.arange(block)
     row = jnp.where(inside < rows[:, None], first[:, None] + inside, pairs)
     place = places(row, pairs)

@@ -95,9 +95,8 @@ def _times(a, w, sizes, transposed: bool):
     pairs, modules, columns = a.shape[0], w.shape[0], w.shape[1 if transposed else 2]
     tile = _tile(-(-pairs // modules), columns, a.shape[1], a.dtype)
     everything = jnp.append(sizes, pairs - jnp.sum(sizes)).astype(jnp.int32)
-    number = pairs // tile.rows + modules + 1
-    table = (part.astype(jnp.int32) for part in blocks(everything, tile.rows)[1](jnp.arange(number)))
-    grid = pl.cdiv(columns, tile.columns), number  # columns change fastest: blocks of rows are read once
+    table = [part.astype(jnp.int32) for part in blocks(everything, tile.rows, pairs)[1]]
+    grid = pl.cdiv(columns, tile.columns), table[0].size  # columns change fastest: blocks of rows are read once
     out = jax.ShapeDtypeStruct((pairs, columns), a.dtype)
     return _call(partial(_rows_kernel, tile, modules, transposed), grid, out, *table, a, w)
 
