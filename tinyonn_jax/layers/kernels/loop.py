@@ -18,7 +18,7 @@ LEAST_ROOM = 32
 
 def block(pairs: int, modules: int) -> int:
     """Rows in one block: a quarter more than the mean load of a module, so that most modules are one block and few run empty."""
-    return min(max(_room(pairs, modules), 16), 160)
+    return min(max(_room(pairs, modules), 16), 160, pairs)
 
 
 def _room(pairs: int, modules: int) -> int:
@@ -37,7 +37,7 @@ def backward_rows(w, sizes, g):
 
 def _times(x, w, sizes, axis):
     """Every row times its module's weight, summed over this axis of a weight."""
-    size = min(block(x.shape[0], w.shape[0]), x.shape[0])
+    size = block(x.shape[0], w.shape[0])
 
     def batched(row, place):
         return take(_flat(lax.dot_general(take(x, row), w, (((2,), (1 + axis,)), ((0,), (0,))))), place)
@@ -54,7 +54,7 @@ def _times(x, w, sizes, axis):
 
 
 def backward(tapped, x, w, sizes, g):
-    size = min(block(x.shape[0], w.shape[0]), x.shape[0])
+    size = block(x.shape[0], w.shape[0])
 
     def batched(row, place):
         first_x, first_g = take(x, row), take(g, row)
