@@ -129,7 +129,7 @@ def weight_gradient(
         m, first, rows = (loop.at(part, i) for part in table)
         own = take(x, first), jnp.where((jnp.arange(block) < rows)[:, None], take(g, first), 0), take(run, first)
         part = lax.dot_general(own[0], own[1], (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        dw = lax.dynamic_update_index_in_dim(dw, lax.dynamic_index_in_dim(dw, m, keepdims=False) + part, m, 0)
+        dw = lax.dynamic_update_index_in_dim(dw, loop.at(dw, m) + part, m, 0)
         if normed:
             # The run of the block's last row may go on in the blocks that follow.
             last = run[first + rows - 1]

@@ -174,14 +174,17 @@ def drln(v: Float[Array, "..."], axis: int = -1, floor: float = 0.0) -> Float[Ar
 _exact = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # GPUs and TPUs would round float32 factors
 
 
+def inverse_norm(v: Float[Array, "*N D"]) -> Float[Array, "*N 1"]:
+    """1 / ‖v‖; 1 / ε for a zero vector, so that it matches nothing, and its gradient is finite."""
+    return jax.lax.rsqrt(jnp.sum(v * v, -1, keepdims=True) + EPS**2)
+
+
 def match(x: Float[Array, "N D"], proto: Float[Array, "M D"], cfg: RouterConfig) -> Float[Array, "N M"]:
     """Cosine similarity x·p / (‖x‖‖p‖), or dot product x·p / √D (seeds 0 and 1)."""
     if cfg.match == "dot":
         return _exact(x, proto.T) * x.shape[-1] ** -0.5
-    # A zero vector matches nothing: rsqrt(0 + ε²) keeps value and gradient finite. Tokens are many: it is their M products that
-    # are divided by their norms, not their D entries.
-    per_norm = lambda v: jax.lax.rsqrt(jnp.sum(v * v, -1, keepdims=True) + EPS**2)  # noqa: E731
-    return _exact(x, (proto * per_norm(proto)).T) * per_norm(x)
+    # Tokens are many: it is their M products that are divided by their norms, not their D entries.
+    return _exact(x, (proto * inverse_norm(proto)).T) * inverse_norm(x)
 
 
 def cost(x: Float[Array, "N D"], gate: Array, cfg: RouterConfig) -> Array:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float
 
-from tinyonn_jax.layers.routing import EPS, Router, Routing, drln, effective, per_module, pooled, served
+from tinyonn_jax.layers.routing import EPS, Router, Routing, drln, effective, inverse_norm, per_module, pooled, served
 from tinyonn_jax.learning.rule import LearningRule, initial, layers, part, record, replace_part, routers
 from tinyonn_jax.learning.signals import Signals
 
@@ -54,7 +54,7 @@ def anchors(routing: Routing) -> tuple[Float[Array, "*R M D"], Float[Array, "*R 
 
 def cosine(p: Float[Array, "*R M D"], anchor: Float[Array, "*R M D"]) -> Float[Array, "*R M"]:
     """cos(p_m, anchor_m)."""
-    unit = lambda v: v * jax.lax.rsqrt(jnp.sum(v * v, -1, keepdims=True) + EPS**2)  # noqa: E731
+    unit = lambda v: v * inverse_norm(v)  # noqa: E731
     return jnp.sum(unit(p) * unit(anchor), -1)
 
 

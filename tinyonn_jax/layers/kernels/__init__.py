@@ -40,9 +40,9 @@ def load(kernel: Kernel) -> Any:
 def blocks(
     sizes: Int[Array, " M"], block: int, pairs: int, skip: int | Array = 0
 ) -> tuple[Int[Array, ""], tuple[Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]]]:
-    """How many blocks of at most `block` rows `pairs` rows make, and of each the module, the first row and the number of rows; 0
-    or less from the last block on, for there is room for as many as there may be: B = ⌊P / block⌋ + M. The first `skip` rows of
-    every module are in none.
+    """How many blocks of at most `block` rows P = `pairs` rows make, and of each its module, its first row and its number of
+    rows. There is room for as many as there may be, B = ⌊P / block⌋ + M; past the last one the number of rows is 0 or less. The
+    first `skip` rows of every module are in none.
     """
     ends, rest = jnp.cumsum(sizes), jnp.maximum(sizes - skip, 0)
     own = lax.div(rest + (block - 1), block)
