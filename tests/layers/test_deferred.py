@@ -17,8 +17,10 @@ SIZES = {
 }
 
 
+@pytest.mark.parametrize("run_rows", [1, 40, 1000], ids=["runs alone", "two at a time", "all at a time"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_sums_and_norms_of_every_recursion(sizes):
+def test_sums_and_norms_of_every_recursion(sizes, run_rows, monkeypatch):
+    monkeypatch.setattr(deferred, "RUN_ROWS", run_rows)
     rng = np.random.default_rng(0)
     x, g = (rng.normal(size=(3, PAIRS, size)) for size in (INPUTS, OUTPUTS))
     want, norms = np.zeros((MODULES, INPUTS, OUTPUTS)), np.zeros((3, MODULES))
@@ -29,7 +31,7 @@ def test_sums_and_norms_of_every_recursion(sizes):
             part = x[r, of].T @ g[r, of]
             want[m] += part
             norms[r, m] = np.sum(part**2)
-    sum_at_once = jax.jit(deferred.weight_gradient, static_argnums=3)
+    sum_at_once = jax.jit(lambda *args: deferred.weight_gradient(*args), static_argnums=3)  # traced anew for every `run_rows`
     args = jnp.asarray(x, jnp.float32), jnp.asarray(g, jnp.float32), jnp.asarray(sizes)
     got, squares = sum_at_once(*args, True)
     np.testing.assert_allclose(got, want, **CLOSE)

@@ -23,6 +23,9 @@ from jaxtyping import Array, Float, Int
 
 from tinyonn_jax.layers.kernels import blocks, loop, row_norms
 
+RUN_ROWS = 32
+"""For norms, so many rows of a module are multiplied with each other, or those of one recursion where they are more."""
+
 
 @flax.struct.dataclass
 class Port:
@@ -118,36 +121,54 @@ def weight_gradient(
     """
     (recursions, pairs, _), modules = x.shape, sizes.shape[1]
     origin, run = _sorted(sizes, pairs)
-    block = loop.block(recursions * pairs, modules)
+    total = recursions * pairs
+    block = loop.block(total, modules)
     x, g = (jnp.pad(a.reshape(-1, a.shape[-1])[origin], ((0, block), (0, 0))) for a in (x, g))
-    run = jnp.pad(run, (0, block), constant_values=modules * recursions)
-    count, table = blocks(jnp.sum(sizes, 0), block, recursions * pairs)
-    take = partial(lax.dynamic_slice_in_dim, slice_size=block)
+    count, table = blocks(jnp.sum(sizes, 0), block, total)
 
-    def body(i, carry):
-        dw, squares = carry
+    def body(i, dw):
         m, first, rows = (loop.at(part, i) for part in table)
-        own = take(x, first), jnp.where((jnp.arange(block) < rows)[:, None], take(g, first), 0), take(run, first)
-        part = lax.dot_general(own[0], own[1], (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        dw = lax.dynamic_update_index_in_dim(dw, loop.at(dw, m) + part, m, 0)
-        if normed:
-            # The run of the block's last row may go on in the blocks that follow.
-            last = run[first + rows - 1]
-            ahead = lambda at: (take(x, at), take(g, at), jnp.where(take(run, at) == last, last, -1))  # noqa: E731
-            _, total = lax.while_loop(
-                lambda state: run[state[0]] == last,
-                lambda state: (state[0] + block, state[1] + 2 * _inner(own, ahead(state[0]))),
-                (first + rows, _inner(own, own)),
-            )
-            squares = lax.dynamic_update_slice_in_dim(squares, jnp.where(jnp.arange(block) < rows, total, 0), first, 0)
-        return dw, squares
+        own = jnp.where((jnp.arange(block) < rows)[:, None], loop.rows(g, first, block), 0)
+        part = lax.dot_general(loop.rows(x, first, block), own, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        return lax.dynamic_update_index_in_dim(dw, loop.at(dw, m) + part, m, 0, allow_negative_indices=False)
 
-    start = jnp.zeros((modules, x.shape[1], g.shape[1]), jnp.float32), jnp.zeros(x.shape[0] if normed else 0, jnp.float32)
-    dw, squares = lax.fori_loop(0, count, body, start)
-    if not normed:
-        return dw, jnp.zeros((recursions, modules), jnp.float32)
+    dw = lax.fori_loop(0, count, body, jnp.zeros((modules, x.shape[1], g.shape[1]), jnp.float32))
+    return dw, _norms(x, g, run, sizes) if normed else jnp.zeros((recursions, modules), jnp.float32)
+
+
+def _norms(x: Array, g: Array, run: Int[Array, " RP"], sizes: Int[Array, "R M"]) -> Float[Array, "R M"]:
+    """‖X_rmᵀ·G_rm‖² from rows in order of their runs, with padding after the last.
+
+    Products of rows of two runs are made in vain, so a block is cut from one run, or from as many of a module as come to
+    `RUN_ROWS` rows on average.
+    """
+    (recursions, modules), total = sizes.shape, run.size
+    joined = min(max(RUN_ROWS * modules * recursions // total, 1), recursions)
+    groups = -(-recursions // joined)
+    group = jnp.pad(sizes, ((0, groups * joined - recursions), (0, 0))).reshape(groups, joined, modules).sum(1)
+    size = loop.block(total, modules * groups)
+    run = jnp.pad(run, (0, size), constant_values=modules * recursions)
+    count, table = blocks(group.T.reshape(-1), size, total)
+
+    def rows_at(at):
+        return loop.rows(x, at, size), loop.rows(g, at, size), loop.rows(run, at, size)
+
+    def body(i, squares):
+        _, first, rows = (loop.at(part, i) for part in table)
+        own, last = rows_at(first), loop.at(run, first + rows - 1)
+
+        def ahead(state):  # the run of the block's last row may go on in those that follow
+            at, inner = state
+            x, g, others = rows_at(at)
+            return at + size, inner + 2 * _inner(own, (x, g, jnp.where(others == last, last, -1)))
+
+        _, inner = lax.while_loop(lambda state: loop.at(run, state[0]) == last, ahead, (first + rows, _inner(own, own)))
+        inner = jnp.where(jnp.arange(size) < rows, inner, 0)
+        return lax.dynamic_update_slice_in_dim(squares, inner, first, 0, allow_negative_indices=False)
+
+    squares = lax.fori_loop(0, count, body, jnp.zeros(run.size, jnp.float32))
     norms = jax.ops.segment_sum(squares, run, modules * recursions, indices_are_sorted=True)
-    return dw, jnp.maximum(norms.reshape(modules, recursions).T, 0)  # rounding may leave less than nothing
+    return jnp.maximum(norms.reshape(modules, recursions).T, 0)  # rounding may leave less than nothing
 
 
 def _sorted(sizes: Int[Array, "R M"], pairs: int) -> tuple[Int[Array, " RP"], Int[Array, " RP"]]:

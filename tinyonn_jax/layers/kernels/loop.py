@@ -47,7 +47,7 @@ def _times(x, w, sizes, axis):
 
     def body(i, y):
         m, start, own = cut(i)
-        part = lax.dot_general(_rows(x, start, size), at(w, m), (((1,), (axis,)), ((), ())))
+        part = lax.dot_general(rows(x, start, size), at(w, m), (((1,), (axis,)), ((), ())))
         return _put(y, part, start, own)
 
     return lax.fori_loop(0, count, body, y)
@@ -68,7 +68,7 @@ def backward(tapped, x, w, sizes, g):
     def body(i, carry):
         dx, dw = carry
         m, start, own = cut(i)
-        part_x, part_g = _rows(x, start, size), _rows(g, start, size)
+        part_x, part_g = rows(x, start, size), rows(g, start, size)
         dx = _put(dx, lax.dot_general(part_g, at(w, m), (((1,), (1,)), ((), ()))), start, own)
         if x.shape[1] < g.shape[1]:  # zeros in either leave the rows of other modules out of the sum
             part_x = jnp.where(own, part_x, 0)
@@ -100,13 +100,14 @@ def at(x, i):
     return lax.dynamic_index_in_dim(x, i, keepdims=False, allow_negative_indices=False)
 
 
-def _rows(x, start, size):
+def rows(x, start, size):
+    """x[start : start + size], likewise."""
     return lax.dynamic_slice_in_dim(x, start, size, allow_negative_indices=False)
 
 
 def _put(y, out, start, own):
     """y with a block's output in its place; rows that are not its own stay as they are."""
-    out = jnp.where(own, out, _rows(y, start, own.size))
+    out = jnp.where(own, out, rows(y, start, own.size))
     return lax.dynamic_update_slice_in_dim(y, out, start, 0, allow_negative_indices=False)
 
 
