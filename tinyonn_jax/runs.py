@@ -326,7 +326,5 @@ def _skipped(sets: TaskSets) -> list[str]:
 
 def _idle(run: Run) -> list[str]:
     """What the run has otherwise than its preset, to no effect."""
-    model = run.config.model
     _, base = PRESETS.get(stored_origin(run.folder) or "", ("", Config()))
-    names = (name.replace("_", "-") for name in idle(model, base.model))
-    return [f"--model.{name} does nothing in a network of kind {model.kind}" for name in names]
+    return idle(run.config, base)

@@ -1,9 +1,10 @@
 """Which fields of a configuration do something: under which learning rule, in which kind of network."""
 
 import dataclasses
+from operator import attrgetter
 from typing import Any
 
-from tinyonn_jax.config import Kind, LearningConfig, ModelConfig, RuleName
+from tinyonn_jax.config import Config, Kind, LearningConfig, RuleName
 
 OPTIONS_OF: dict[str, tuple[RuleName, ...]] = {
     **dict.fromkeys(("granularity", "prior_sign", "neuron_cost", "goodness_gate", "centre"), ("sars",)),
@@ -35,7 +36,16 @@ def under(cfg: LearningConfig, rule: RuleName) -> LearningConfig:
     return dataclasses.replace(cfg, rule=rule, **foreign(cfg, rule))
 
 
-def idle(cfg: ModelConfig, base: ModelConfig) -> list[str]:
-    """The fields that are not as in `base`, but do nothing in this kind of network."""
-    others = [name for name, kinds in FIELDS_OF.items() if cfg.kind not in kinds]
-    return [name for name in others if getattr(cfg, name) != getattr(base, name)]
+def idle(cfg: Config, base: Config) -> list[str]:
+    """A line for every field of network or mesh that is not as in `base`, but does nothing beside the others."""
+    model, mesh = cfg.model, cfg.mesh
+    kind = f"in a network of kind {model.kind}"
+    where = {f"model.{name}": kind for name, kinds in FIELDS_OF.items() if model.kind not in kinds}
+    if model.kind == "dyntrm" and model.select != "top_k":
+        where["model.weight"] = f"with model.select {model.select}"
+    if mesh.expert == 1:
+        where |= dict.fromkeys(("mesh.dispatch", "mesh.capacity"), "with mesh.expert 1")
+    elif mesh.dispatch == "replicate":
+        where["mesh.capacity"] = "with mesh.dispatch replicate"
+    changed = (name for name in where if attrgetter(name)(cfg) != attrgetter(name)(base))
+    return [f"--{name.replace('_', '-')} does nothing {where[name]}" for name in changed]

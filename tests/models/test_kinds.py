@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from tests.models import tiny
-from tinyonn_jax.config import Kind, ModelConfig
+from tinyonn_jax.config import Config, Kind, MeshConfig, ModelConfig
 from tinyonn_jax.models import transformer
 from tinyonn_jax.uses import FIELDS_OF, idle
 
@@ -32,4 +32,16 @@ def test_a_field_changes_the_network_just_where_it_is_said_to(kind):
     for name in FIELDS_OF.keys() - {"data_init"}:  # that one sets first values of prototypes, and nothing after
         changed = tiny.config(kind, recursed=False, **{name: OTHER[name]})
         assert (program(changed) != plain) == (kind in FIELDS_OF[name]), name
-        assert idle(changed, cfg) == ([] if kind in FIELDS_OF[name] else [name])
+        where = f"--model.{name.replace('_', '-')} does nothing in a network of kind {kind}"
+        assert idle(Config(model=changed), Config(model=cfg)) == ([] if kind in FIELDS_OF[name] else [where])
+
+
+def test_fields_that_another_field_leaves_nothing_to_do():
+    def said(model: ModelConfig, **mesh) -> list[str]:
+        return idle(Config(model=model, mesh=MeshConfig(**mesh)), Config())
+
+    assert said(ModelConfig(weight="hard", select="relu")) == ["--model.weight does nothing with model.select relu"]
+    assert said(ModelConfig(weight="hard")) == []
+    assert said(ModelConfig(), dispatch="all-to-all") == ["--mesh.dispatch does nothing with mesh.expert 1"]
+    assert said(ModelConfig(), expert=2, capacity=4.0) == ["--mesh.capacity does nothing with mesh.dispatch replicate"]
+    assert said(ModelConfig(), expert=2, dispatch="all-to-all", capacity=4.0) == []
