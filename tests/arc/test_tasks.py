@@ -69,6 +69,16 @@ def test_bad_task(tmp_path, raw, message):
     assert message in faults["bad"] and "skip-invalid" not in faults["bad"]
 
 
+def test_invalid_tasks_are_all_named_at_once(tmp_path):
+    folder = write(tmp_path / "f", good=GOOD, **{f"bad{i:02}": "{" for i in range(22)})
+    with pytest.raises(DataError) as caught:
+        load_source(folder, "train")
+    head, *lines = str(caught.value).splitlines()
+    assert head.startswith(f"22 of 23 tasks of {folder} are invalid") and "--data.skip-invalid" in head
+    assert [f"bad{i:02}.json: not JSON" in line for i, line in enumerate(lines[:20])] == [True] * 20
+    assert lines[20:] == ["  and 2 more"]
+
+
 def test_wrong_encoding(tmp_path):
     folder = write(tmp_path / "f")
     (tmp_path / "f" / "a.json").write_bytes(json.dumps(GOOD).encode("utf-16"))

