@@ -24,7 +24,7 @@ arc: .venv
 	$(RUN) experiments/arc.py report --workdir $(WORKDIR)
 
 test: .venv
-	$(RUN) -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+	$(RUN) -m pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: .venv
 	$(RUN) -m ruff check .

@@ -16,6 +16,9 @@ if jaxlib.__version__.startswith("0.10."):
 else:
     QUICK += " --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"  # nor 0.10 this one
 
+LONGEST = ("test_parallel", "test_runs", "test_processes", "test_transformer")
+"""Files of tests that take two minutes and more of a core where nothing is compiled yet."""
+
 # For the programs that tests start, too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -42,6 +45,11 @@ def pytest_configure(config: pytest.Config):
 def pytest_xdist_auto_num_workers() -> int:
     """Of `-n auto`: one more than there are cores, for tests wait for programs of their own now and then."""
     return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """The longest files first, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(autouse=True, scope="module")
