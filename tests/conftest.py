@@ -17,7 +17,7 @@ else:
     QUICK += " --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"  # nor 0.10 this one
 
 LONGEST = ("test_parallel", "test_runs", "test_processes", "test_transformer")
-"""Files of tests that take two minutes and more of a core where nothing is compiled yet."""
+"""Files whose tests take longest where nothing is compiled yet."""
 
 # For the programs that tests start, too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
