@@ -142,6 +142,15 @@ def test_a_checkpoint_moves_to_another_number_of_devices(tmp_path, before, after
     assert len(state.params["w"].sharding.device_set) == after.fsdp
 
 
+def test_nothing_is_compiled_to_write_small_arrays_that_several_devices_hold(tmp_path, caplog):
+    shardings = sharding.state_shardings(sharding.make_mesh(MeshConfig(data=4, fsdp=2)), SPEC, make())
+    state = jax.device_put(on_host(make()), shardings)
+    jax.clear_caches()
+    with Checkpoints(tmp_path) as checkpoints, jax.log_compiles(), caplog.at_level("WARNING"):
+        checkpoints.save(1, state)
+    assert steps(tmp_path) == [1] and "Compiling" not in caplog.text
+
+
 def empty(path: Path) -> None:
     shutil.rmtree(path)
     path.mkdir()

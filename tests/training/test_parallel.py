@@ -15,6 +15,7 @@ from tests.layers.naive import make
 from tests.models import tiny
 from tinyonn_jax.config import Config, ConfigError, LearningConfig, MeshConfig, OptimConfig, TrainConfig
 from tinyonn_jax.layers.layout import over
+from tinyonn_jax.learning import LearningRule
 from tinyonn_jax.models import transformer
 from tinyonn_jax.models.transformer import FEEDFORWARD
 from tinyonn_jax.training import assemble, sharding
@@ -32,26 +33,33 @@ ALL = MeshConfig(data=2, fsdp=2, expert=2)
 SENDING = MeshConfig(data=2, fsdp=2, expert=2, dispatch="all-to-all")  # room for twice an even share: all there is between two
 
 
+def rule() -> LearningRule:
+    """SARS, with the losses of both granularities added up."""
+    module, token = (make_rule(replace(CONFIG, learning=LearningConfig(granularity=g))) for g in ("module", "token"))
+
+    def objective(*args):
+        (loss, found), (other, _) = module.objective(*args), token.objective(*args)
+        return loss + other, found
+
+    return module._replace(objective=objective)
+
+
 @cache
-def step(mesh_cfg: MeshConfig, granularity: str):
+def step(cfg: MeshConfig):
     """Gradients, routings, signals and metrics of one step, and the text of the compiled program."""
-    config = replace(CONFIG, learning=LearningConfig(granularity=granularity))
-    mesh, rule = sharding.make_mesh(mesh_cfg), make_rule(config)
+    mesh, learning = sharding.make_mesh(cfg), rule()
     spec = transformer.spec(MODEL, tiny.TASKS)
     params = jax.device_put(jax.device_get(make(spec)), sharding.state_shardings(mesh, spec, spec))
-    loss_fn = over(sharding.layout(mesh, mesh_cfg.capacity))(make_loss(config, rule))
+    loss_fn = over(sharding.layout(mesh, cfg.capacity))(make_loss(CONFIG, learning))
     batch = sharding.shard_batch(mesh, jax.device_get(tiny.batch(ROWS, LENGTH)))
-    meta = rule.init(params, jax.eval_shape(loss_fn, params, None, batch)[1].routings)
-    compiled = jax.jit(lambda p, b: gradients(loss_fn, rule, p, meta, b)).lower(params, batch).compile()
+    meta = learning.init(params, jax.eval_shape(loss_fn, params, None, batch)[1].routings)
+    compiled = jax.jit(lambda p, b: gradients(loss_fn, learning, p, meta, b)).lower(params, batch).compile()
     return compiled(params, batch), compiled.as_text()
 
 
-CASES = [(ALL, "module"), (SENDING, "module"), (MeshConfig(1, 1, 8), "module"), (MeshConfig(4, 2, 1), "token")]
-
-
-@pytest.mark.parametrize(("mesh", "granularity"), CASES, ids=str)
-def test_every_gradient_and_signal_is_that_of_one_device(mesh, granularity):
-    (want, _), (got, _) = step(MeshConfig(1), granularity), step(mesh, granularity)
+@pytest.mark.parametrize("mesh", [ALL, SENDING, MeshConfig(1, 1, 8), MeshConfig(4, 2, 1)], ids=str)
+def test_every_gradient_and_signal_is_that_of_one_device(mesh):
+    (want, _), (got, _) = step(MeshConfig(1)), step(mesh)
     grads, routings, *rest = got
     dropped = routings[FEEDFORWARD].dropped
     assert np.shape(dropped) == ((MODEL.depth, ROWS * LENGTH, 2) if mesh == SENDING else ()) and not np.any(dropped)
@@ -70,7 +78,7 @@ GATHER = re.compile(r"= \(?(\w+)\[([\d,]*)\]\S* all-gather")
 def test_neither_tokens_nor_all_modules_are_gathered():
     """Only a device's own modules are put together (over fsdp), and the logits of its own tokens (over expert)."""
     tokens, devices = ROWS * LENGTH, 4
-    gathered = {tuple(int(n) for n in shape.split(",") if n) for _, shape in GATHER.findall(step(ALL, "module")[1])}
+    gathered = {tuple(int(n) for n in shape.split(",") if n) for _, shape in GATHER.findall(step(ALL)[1])}
     own = (MODEL.experts // 2, MODEL.dim, 2 * MODEL.expert_hidden)
     assert own in gathered  # the pattern finds what is there
     assert not [shape for shape in gathered if tokens in shape or (ROWS in shape[:1] and LENGTH in shape)]

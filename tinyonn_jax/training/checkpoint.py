@@ -28,6 +28,7 @@ _CHECKSUMS = "checksums.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _LOST = re.compile(r"Gloo|NCCL|[Cc]oordination|[Bb]arrier|Connection |UNAVAILABLE|DEADLINE_EXCEEDED")  # not the storage
 _FOREVER = 30 * 24 * 3_600_000  # milliseconds
+_WHOLE_BELOW = 2**20  # bytes
 S = TypeVar("S")
 Say = Callable[[str], None]
 
@@ -65,6 +66,7 @@ class Checkpoints:
         policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self.folder,
+            item_handlers={name: _writer() for name in (*_OWN_ITEMS, "training")} | {"config": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 best_fn=_rank,
                 preservation_policy=policies.AnyPreservationPolicy(
@@ -94,7 +96,7 @@ class Checkpoints:
             if step in self._manager.all_steps():
                 return
             self._saving = step
-            items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+            items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}
             metrics = {"score": None if score is None or not math.isfinite(score) else float(score)}
             arguments = ocp.args.Composite(config=ocp.args.JsonSave(self._config), **items)
             if not self._manager.save(step, args=arguments, metrics=metrics, force=True):
@@ -197,6 +199,17 @@ def restore_params(
 def meet(place: str) -> None:
     """Returns when all processes are here, however long that takes; an error if one of them dies."""
     ocp.multihost.get_barrier_sync_fn()(key=place, timeout_ms=_FOREVER)
+
+
+def _writer() -> ocp.PyTreeCheckpointHandler:
+    """Writes trees of arrays, of which each device that holds a copy writes a part only if that is large.
+
+    By default it does so however small: a slice to compile and to start for every array, which held up training for longer than
+    writing them takes.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_WHOLE_BELOW)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def _items(state: Any) -> dict[str, Any]:
