@@ -1,7 +1,7 @@
 """The network against a naive one with weights of their own for every (recursion, token), and its invariances."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -317,23 +317,29 @@ def test_specs_name_the_routed_layers_and_stack_the_blocks():
     assert tiny.apply(tiny.params(tiny.config("dense")), BATCH, cfg=tiny.config("dense")).routings == {}
 
 
+def traced_anew(cfg):
+    """Gradients of parameters and taps."""
+    params = tiny.params(cfg)
+    return jax.jit(partial(gradients.__wrapped__, cfg=cfg))(params, taps_for(params, cfg), BATCH)[2]
+
+
+@cache
+def summed_at_every_recursion(cfg):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped, "loops", lambda: False)
+        patch.setattr(deferred, "weight_gradient", None)  # not asked for
+        return traced_anew(cfg)
+
+
 @pytest.mark.parametrize(("changes", "weights"), [({}, 4), ({"remat": True}, 4), ({"latent_heads": 4}, 2)])
 def test_weights_that_outnumber_rows_get_the_gradient_of_all_recursions_at_once(changes, weights, monkeypatch):
     """The same gradients and signals as with a sum at every recursion: heads and experts are more numbers than tokens here."""
     cfg = tiny.config("dyntrm", **{"depth": 3, "experts": 96, "latent_heads": 96, **changes})
-    params = tiny.params(cfg)
-    taps = taps_for(params, cfg)
-
-    def run():
-        return jax.jit(gradients.__wrapped__, static_argnames="cfg")(params, taps, BATCH, cfg=cfg)[2]
-
     made = []
     at_once = deferred.weight_gradient
     monkeypatch.setattr(deferred, "weight_gradient", lambda *args: made.append(args) or at_once(*args))
-    got = run()
+    got = traced_anew(cfg)
     assert len(made) == weights
-    monkeypatch.setattr(grouped, "loops", lambda: False)
-    want = run()
-    assert len(made) == weights
+    want = summed_at_every_recursion(dataclasses.replace(cfg, remat=False))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.max(np.abs(b)), err_msg=jax.tree_util.keystr(path))

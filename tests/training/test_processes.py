@@ -66,7 +66,7 @@ def reach(folder: Path, step: int, programs: list[subprocess.Popen[str]]) -> lis
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run trained by one process."""
     folder = tmp_path_factory.mktemp("runs") / "one"
-    finish(start(folder, TRAIN), 0)
+    finish(start(folder, TRAIN, "--train.checkpoint-every", "100"), 0)
     return folder
 
 
