@@ -142,6 +142,14 @@ def test_muon_orthogonalises_every_expert_by_itself():
     np.testing.assert_allclose(first[0], second[0], rtol=1e-5, atol=1e-8)
 
 
+def test_neurons_move_as_the_transposed_weights_would():
+    """`mu [L,O,I]` has outputs first, `w_… [L,I,O]` last, and the size of Muon's update depends on which is which."""
+    tx, weights = optim.make_optimizer(FLAT, 100), {"w_in": GRADS["layer"].w_in}
+    neurons = {"mu": weights["w_in"].swapaxes(1, 2)}
+    of_weights, of_neurons = (tx.update(tree, tx.init(tree), tree)[0] for tree in (weights, neurons))
+    np.testing.assert_allclose(of_neurons["mu"].swapaxes(1, 2), of_weights["w_in"], rtol=1e-4, atol=1e-6)
+
+
 def test_frozen_routers_do_not_move_and_the_rest_does():
     updates = run(FLAT, [GRADS, GRADS], frozen_routers=True)[1]
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates["layer"].router))
