@@ -57,3 +57,9 @@ def test_the_prior_follows_and_is_kept_in_the_state():
 def test_a_prior_keeps_its_mass_through_batches_that_use_nothing():
     silent = given([0, 1], [0.0, 0.0])
     np.testing.assert_array_equal(follow(EVEN, silent, 0.9), EVEN)
+
+
+def test_a_layer_that_used_nothing_keeps_its_prior_whatever_the_others_did():
+    routing = given([[0, 0], [1, 2]], [[1.0, 1.0], [0.0, 0.0]])
+    priors = follow(jnp.stack([EVEN, EVEN]), routing, 0.9)
+    np.testing.assert_allclose(priors, [[0.325, 0.225, 0.225, 0.225], EVEN], rtol=1e-6)
