@@ -173,6 +173,19 @@ def test_gates_learn_to_predict_a_fixed_surprise(cost):
     assert loss(router)[0] < first / 10
 
 
+@pytest.mark.parametrize("cost", ["linear", "bias"])
+def test_the_gate_loss_is_the_mean_squared_error_of_valid_tokens(cost):
+    params, routing, signals = setup(cost)
+    valid = np.arange(N) % 3 > 0
+    routing = replace(routing, valid=jnp.asarray(valid))
+    router = params.router.replace(
+        gate=params.router.gate + jnp.linspace(-1, 2, M).reshape(-1, *(1,) * (params.router.gate.ndim - 1))
+    )
+    found = shape(router, routing, signals)
+    predicted = np.asarray(routing.input)[valid] @ router.gate.T if cost == "linear" else np.asarray(router.gate)
+    assert float(found["gate"]) == pytest.approx(np.mean((predicted - np.asarray(found["total"])) ** 2), rel=1e-5)
+
+
 def test_the_dead_are_reborn_near_the_living():
     params, _, _ = setup()
     rule = msaps(renew=0.01)

@@ -104,6 +104,8 @@ def test_a_step_down_the_load_balance_evens_the_weights():
     objective = jax.jit(jax.value_and_grad(lambda r, routing: rule.objective({"a": r}, {"a": routing}, {}, META), has_aux=True))
     (loss, metrics), grads = objective(router, routing)
     assert float(loss) == pytest.approx(0.5 * float(metrics["loss_balance"])) and float(loss) > 0.5
+    twice = rule.objective({"a": router, "b": router}, {"a": routing, "b": routing}, {}, META)[0]
+    assert float(twice) == pytest.approx(float(loss))  # a mean over layers
     assert grads.gate[0] < 0 < grads.gate[1]  # descending raises the price of the module that has too much
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, router, grads)
     assert float(objective(moved, routed(moved, x, cfg))[0][0]) < float(loss)
