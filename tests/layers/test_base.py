@@ -1,4 +1,4 @@
-"""Parameters from specs, and the norm."""
+"""Parameters from specs, and what all layers share."""
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,14 @@ def test_rms_norm_by_hand(dtype):
     np.testing.assert_allclose(
         y.astype(jnp.float32), [[3 / 12.5**0.5, -8 / 12.5**0.5], [0, 0]], rtol=1e-2 if dtype == "bfloat16" else 1e-6
     )
+
+
+def test_layer_norm_by_hand():
+    rng = np.random.default_rng(0)
+    x, scale, bias = rng.normal(1, 2, (2, 3, 5)), rng.normal(2, 1, 5), rng.normal(size=5)
+    centred = x - x.mean(-1, keepdims=True)
+    want = centred / np.sqrt((centred**2).mean(-1, keepdims=True)) * scale + bias
+    np.testing.assert_allclose(base.layer_norm(*(a.astype(np.float32) for a in (x, scale, bias))), want, rtol=1e-4, atol=1e-5)
 
 
 def test_tokens_of_refuses_what_would_be_taken_for_other_tokens():
