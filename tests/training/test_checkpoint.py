@@ -65,6 +65,14 @@ def test_what_was_saved_comes_back(tmp_path):
     assert json.loads((tmp_path / "3" / "config" / "metadata").read_text()) == {"model": {"dim": 64}}
 
 
+def test_a_rule_may_keep_keys_of_random_numbers(tmp_path):
+    state = make(3).replace(meta=Meta({"key": jax.random.key(5)}))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state)
+    found, _ = restore(tmp_path, state)
+    assert found is not None and jnp.all(found.meta.records["key"] == jax.random.key(5))
+
+
 def test_a_state_may_be_donated_while_it_is_written(tmp_path):
     advance = jax.jit(lambda s: jax.tree.map(lambda x: x + 1 if x.dtype == jnp.float32 else x, s), donate_argnums=0)
     state = advance(make(1))

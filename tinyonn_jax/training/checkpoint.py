@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint._src.metadata.array_metadata_store import Store
 
 from tinyonn_jax.stored import differences
 
@@ -207,7 +209,8 @@ def _writer() -> ocp.PyTreeCheckpointHandler:
     By default it does so however small: a slice to compile and to start for every array, which held up training for longer than
     writing them takes.
     """
-    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_WHOLE_BELOW)
+    # The store, which Orbax's own handler has but does not export, tells keys of random numbers from arrays.
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_WHOLE_BELOW, array_metadata_store=Store())
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
@@ -258,7 +261,11 @@ def _arrays(tree: Any) -> dict[str, Any]:
 
 
 def _shape(arrays: Mapping[str, Any], name: str) -> tuple[int, ...] | str:
-    return tuple(arrays[name].shape) if name in arrays else "nothing"
+    """As it is stored: of keys of random numbers, that of their data."""
+    if name not in arrays:
+        return "nothing"
+    keys = jnp.issubdtype(arrays[name].dtype, jax.dtypes.prng_key)
+    return tuple((jax.eval_shape(jax.random.key_data, arrays[name]) if keys else arrays[name]).shape)
 
 
 def _checksums(path: Path) -> dict[str, int]:
