@@ -43,29 +43,21 @@ def setup(kind, rule):
 
 
 @cache
-def program(kind, rule, devices):
-    """From `share` to gradients of the main loss and that share of the rule's own, routings, signals and metrics."""
+def main_gradients(kind):
+    """Of the main loss, which is the same under every rule that isolates routers."""
+    loss, _, params, _ = setup(kind, "sars")
+    return jax.jit(jax.grad(lambda p: loss(p, None, BATCH)[0]))(params)
+
+
+@cache
+def found(kind, rule, devices=ONE):
+    """Gradients of both losses, routings, signals and metrics."""
     loss, learning, params, meta = setup(kind, rule)
     assert learning.isolate
     mesh, spec = sharding.make_mesh(devices), transformer.spec(config(kind), tiny.TASKS)
     placed = jax.device_put(jax.device_get(params), sharding.state_shardings(mesh, spec, spec))
     assert len(placed.head.sharding.device_set) == mesh.size
-
-    def run(share, params, batch):
-        def objective(*args):
-            own, found = learning.objective(*args)
-            return share * own, found
-
-        return gradients(loss, learning._replace(objective=objective), params, meta, batch)
-
-    run, batch = jax.jit(run), sharding.shard_batch(mesh, jax.device_get(BATCH))
-    return lambda share: run(share, placed, batch)
-
-
-@cache
-def found(kind, rule, devices=ONE, share=1.0):
-    """What the program gives: of the main loss alone where `share` is 0."""
-    return program(kind, rule, devices)(share)
+    return jax.jit(lambda p, b: gradients(loss, learning, p, meta, b))(placed, sharding.shard_batch(mesh, jax.device_get(BATCH)))
 
 
 def test_eight_devices_give_the_gradients_and_signals_of_one():
@@ -83,7 +75,7 @@ def test_eight_devices_give_the_gradients_and_signals_of_one():
 @pytest.mark.parametrize("kind", ["dfc", "dfc_hard"])
 def test_isolation_and_every_router_parameter_learns(kind, rule):
     """The main loss gives every router exactly nothing and every neuron something; the meta loss the other way round."""
-    main, both = found(kind, "sars", share=0.0)[0], found(kind, rule)[0]
+    main, both = main_gradients(kind), found(kind, rule)[0]
     assert [name.removeprefix("block.") for name in layers(main)] == ROLES
     for (path, of_main), of_both in zip(jax.tree_util.tree_leaves_with_path(main), jax.tree.leaves(both), strict=True):
         words = names(path)

@@ -71,7 +71,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_train_as_one_and_whoever_is_left_goes_on(reference, tmp_path, unused_port):
-    """Two, of which one is killed; then one; then two, of which one is stopped; then one to the end: the losses of one."""
+    """Two, of which one is killed; then one; then two, of which one is stopped; then two to the end: the losses of one."""
     folder = tmp_path / "run"
     pair = reach(folder, 25, start_two(folder, TRAIN, unused_port))  # step 10 at least is on disk: 20 waited for it
     pair[1].kill()
@@ -95,7 +95,8 @@ def test_two_processes_train_as_one_and_whoever_is_left_goes_on(reference, tmp_p
     stopped = saved(folder)
     assert len({line.split(";")[0] for line in lines}) == 1 and 70 <= stopped == max(losses(folder)) < 100
 
-    assert f"going on from step {stopped}" in finish(start(folder, TRAIN), 0)
+    said = [finish(program, 0) for program in start_two(folder, TRAIN, unused_port)]
+    assert f"going on from step {stopped}" in said[0]
     got, want = losses(folder), losses(reference)
     assert got.keys() >= want.keys() and max(got) == 100
     np.testing.assert_allclose([got[step] for step in want], list(want.values()), rtol=0, atol=1e-6)
