@@ -31,10 +31,18 @@ def test_a_value_of_another_type_is_refused(section, field, value, says):
 
 
 def test_only_recursions_of_one_block_have_embeddings():
-    with pytest.raises(ConfigError, match=r"--model\.no-recursed"):
+    with pytest.raises(ConfigError, match=r"--model\.no-recursed\).*add --model\.no-recursion-embedding"):
         ModelConfig(recursed=False, recursion_embedding=True)
     with pytest.raises(ConfigError, match=r"model\.depth 1 has only one"):
         ModelConfig(depth=1, recursion_embedding=True)
+
+
+@pytest.mark.parametrize("model", [{"kind": "dfc"}, {"kind": "dfc_hard"}, {"select": "relu"}, {"weight": "relu"}])
+def test_a_cost_of_a_half_leaves_no_module_that_needs_a_logit_above_zero(model):
+    ModelConfig(**model)
+    with pytest.raises(ConfigError, match=r"model\.cost threshold starts at a half"):
+        ModelConfig(**model, cost="threshold")
+    ModelConfig(cost="threshold"), ModelConfig(cost="threshold", select="threshold")  # the best are taken, or fall back
 
 
 def test_deep_supervision_needs_something_deep():
@@ -63,6 +71,7 @@ def test_a_router_refuses_what_it_cannot_do():
         ("top_k", "hard", 2, False),
         ("relu", "hard", 2, True),
         ("threshold", "hard", 2, True),  # always a softmax
+        ("threshold", "softmax", 1, False),
         ("hard", "softmax", 2, False),  # always one
     ],
 )

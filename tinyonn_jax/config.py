@@ -119,7 +119,8 @@ class ModelConfig:
         _require(
             not self.recursion_embedding or (self.recursed and self.depth > 1),
             "model.recursion_embedding tells recursions of one block apart: "
-            + ("model.depth 1 has only one" if self.recursed else "stacked blocks (--model.no-recursed) are no recursions"),
+            + ("model.depth 1 has only one" if self.recursed else "stacked blocks (--model.no-recursed) are no recursions")
+            + "; add --model.no-recursion-embedding",
         )
         _require(self.rope_base > 0, f"model.rope_base must be positive, got {self.rope_base}")
         for name in ("shared_experts", "short_conv"):
@@ -132,6 +133,12 @@ class ModelConfig:
         _require(
             not self.neurons or self.dim == self.heads * self.head_dim,
             f"model.dim ({self.dim}) must be model.heads × model.head_dim ({self.heads} × {self.head_dim}) for kind {self.kind}",
+        )
+        above = self.select in ("relu", "hard") or (self.select == "top_k" and self.weight == "relu")
+        _require(
+            self.cost != "threshold" or self.kind == "dense" or not (self.neurons or above),
+            "model.cost threshold starts at a half, above most matches, and modules that need a logit above zero would never be "
+            "active: take another cost, or (dyntrm) model.select threshold, or top_k with model.weight softmax or hard",
         )
         if self.kind == "dyntrm":
             _require(
@@ -153,8 +160,8 @@ class ModelConfig:
     def graded(self) -> bool:
         """Whether weights of selected modules follow their logits (dyntrm), somewhere: a softmax over one alone is always one."""
         chosen = max(self.active_heads, self.active_experts)
-        weighted = self.weight == "relu" or (self.weight == "softmax" and chosen > 1)
-        return self.select in ("relu", "threshold") or (self.select == "top_k" and weighted)
+        shared = chosen > 1 and (self.select == "threshold" or (self.select == "top_k" and self.weight == "softmax"))
+        return shared or self.select == "relu" or (self.select == "top_k" and self.weight == "relu")
 
     @property
     def neurons(self) -> bool:
@@ -175,7 +182,7 @@ class LearningConfig:
     neuron_cost: Literal["module", "token"] = "module"
     """sars, dfc: a neuron's cost at granularity token; per token it says the same as its importance, so module is the default."""
     goodness_gate: bool = False
-    """sars: apply a module's main gradient only where its mean goodness is positive."""
+    """sars: apply a module's main gradient only where its mean goodness is positive; of few modules (dyntrm) most stand still."""
     attract: bool = True
     """msaps: prototypes move towards the tokens they serve, or away (prototype loss)."""
     regress: bool = True
@@ -406,8 +413,8 @@ class Config:
             + (
                 "and neurons of kind dfc_hard are on or off: take model.kind dfc, or another rule"
                 if self.model.kind == "dfc_hard"
-                else "set model.select to top_k with model.weight relu, or softmax and more than one active expert or head, or "
-                "to relu or threshold"
+                else "set model.select to relu, to top_k with model.weight relu, or to top_k or threshold with more than one "
+                "active expert or head"
             ),
         )
         if self.mesh.expert > 1:

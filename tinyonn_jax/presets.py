@@ -60,7 +60,12 @@ PRESETS: dict[str, tuple[str, Config]] = {
     ),
     "laptop": (
         "the 178 ARC-AGI-1 training tasks with grids up to 10 x 10; an hour on two CPU cores, dense half of it",
-        Config(data=DataConfig(max_grid=10), train=TrainConfig(steps=10_000, log_every=50, validate_every=2000)),
+        Config(
+            model=ModelConfig(recursion_embedding=True, short_conv=3),
+            optim=OptimConfig(lr=1e-2, decay_from=0.02),
+            data=DataConfig(max_grid=10),
+            train=TrainConfig(steps=10_000, log_every=50, validate_every=2000),
+        ),
     ),
     "arc1": ("ARC-AGI-1, scored on its 400 evaluation tasks; one large GPU, bfloat16", _ARC1),
     "arc2": (

@@ -27,6 +27,7 @@ from tinyonn_jax.arc.continual import build_stages
 from tinyonn_jax.arc.sets import TaskSets, load_task_sets
 from tinyonn_jax.arc.sets import from_json as tasks_from_json
 from tinyonn_jax.arc.sets import to_json as tasks_to_json
+from tinyonn_jax.arc.tasks import DataError
 from tinyonn_jax.config import Config, ConfigError
 from tinyonn_jax.layers import grouped
 from tinyonn_jax.models.flops import useful_flops
@@ -80,6 +81,8 @@ def open_run(folder: Path) -> Run:
     """
     folder, config = Path(folder), stored_config(folder)
     if config is None:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder}: is a file; name a run folder with --workdir")
         what = f"holds no {CONFIG}" if folder.is_dir() else "no such run folder"
         raise ConfigError(
             f"{folder}: {what}; train writes it: python experiments/arc.py train --workdir {shlex.quote(str(folder))}"
@@ -142,7 +145,12 @@ def train(run: Run, started: float | None = None, profile: int = 0) -> None:
         DataError: no sequence fits.
     """
     with _alone(run.folder):
-        _train(run, started, profile)
+        try:
+            _train(run, started, profile)
+        except (ConfigError, DataError):
+            if jax.process_index() == 0 and not any((run.folder / CHECKPOINTS).glob("*")):
+                (run.folder / CONFIG).unlink(missing_ok=True)  # it never began, and what was named for it does not stay
+            raise
 
 
 @contextlib.contextmanager

@@ -43,6 +43,12 @@ def idle(cfg: Config, base: Config) -> list[str]:
     where = {f"model.{name}": kind for name, kinds in FIELDS_OF.items() if model.kind not in kinds}
     if model.kind == "dyntrm" and model.select != "top_k":
         where["model.weight"] = f"with model.select {model.select}"
+    if model.neurons and (model.recursed or model.depth == 1):
+        where["model.prc"] = "in a network of one block"
+    if model.depth == 1:
+        where["model.inject"] = "with model.depth 1"
+    if model.kind != "dyntrm":
+        where["mesh.grouped"] = kind
     if mesh.expert == 1:
         where |= dict.fromkeys(("mesh.dispatch", "mesh.capacity"), "with mesh.expert 1")
     elif mesh.dispatch == "replicate":

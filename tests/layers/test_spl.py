@@ -162,6 +162,16 @@ def test_prototypes_from_data():
     routing = spl.apply(params, X, cfg, valid=jnp.arange(N) < 4)[1]
     proto = data_init(params.router, routing, jax.random.key(0)).proto
     assert all(any(np.array_equal(p, x) for x in X[:4]) for p in proto)
+    assert len(np.unique(proto, axis=0)) == min(4, NEURONS)  # each of them, before any comes again
+
+
+def test_prototypes_from_data_differ_where_tokens_are_alike():
+    cfg, many = config(), 50
+    differ = jax.random.normal(jax.random.key(1), (NEURONS, INPUTS))
+    x = jnp.concatenate([jnp.broadcast_to(differ[:1], (many, INPUTS)), differ])
+    params = layer(cfg)
+    proto = data_init(params.router, spl.apply(params, x, cfg)[1], jax.random.key(0)).proto
+    assert len(np.unique(proto, axis=0)) == NEURONS
 
 
 def test_prototype_streams_by_hand():

@@ -42,6 +42,11 @@ def test_fields_that_another_field_leaves_nothing_to_do():
 
     assert said(ModelConfig(weight="hard", select="relu")) == ["--model.weight does nothing with model.select relu"]
     assert said(ModelConfig(weight="hard")) == []
+    assert said(ModelConfig(kind="dfc", prc=False)) == ["--model.prc does nothing in a network of one block"]
+    assert said(ModelConfig(kind="dfc_hard", prc=False, recursed=False)) == []
+    assert said(ModelConfig(inject=False, depth=1)) == ["--model.inject does nothing with model.depth 1"]
+    assert said(ModelConfig(kind="dense"), grouped="padded") == ["--mesh.grouped does nothing in a network of kind dense"]
+    assert said(ModelConfig(), grouped="padded") == []
     assert said(ModelConfig(), dispatch="all-to-all") == ["--mesh.dispatch does nothing with mesh.expert 1"]
     assert said(ModelConfig(), expert=2, capacity=4.0) == ["--mesh.capacity does nothing with mesh.dispatch replicate"]
     assert said(ModelConfig(), expert=2, dispatch="all-to-all", capacity=4.0) == []

@@ -16,7 +16,7 @@ from tinyonn_jax.arc.forced import exact
 from tinyonn_jax.arc.sets import TaskSets, load_task_sets
 from tinyonn_jax.config import Config, ConfigError, EvalConfig, MeshConfig
 from tinyonn_jax.layers import base, dynmoe
-from tinyonn_jax.layers.routing import Router
+from tinyonn_jax.layers.routing import Router, Stream
 from tinyonn_jax.learning.rule import routers
 from tinyonn_jax.models import transformer
 from tinyonn_jax.presets import PRESETS
@@ -119,6 +119,18 @@ def test_a_snapshot_of_stacked_blocks_is_of_the_last():
     np.testing.assert_array_equal(found["a.goodness"], good[1])
     np.testing.assert_array_equal(found["a.load"], use[1])
     np.testing.assert_allclose(found["a.usage"], use[1] / use[1].sum(), rtol=1e-6)
+
+
+def test_a_snapshot_has_the_prototypes_that_tokens_are_matched_with():
+    """With residual connections those are refined from the block before."""
+    rng = np.random.default_rng(0)
+    proto, *stream = (jnp.asarray(rng.normal(size=shape)) for shape in ((2, 4, 3), (1, 3, 3), (1, 3), (1, 3)))
+    router = Router(proto, jnp.zeros((2, 4)), Stream(*stream))
+    state = mock.Mock(params={"a": dynmoe.Params(router, None, None)})
+    state.meta.records = {"a": jnp.ones((2, 4))}
+    found = assemble.routing_snapshot(state, {"layers": {"a": {}}})
+    refined = proto[1] + base.layer_norm(proto[0] @ stream[0][0], stream[1][0], stream[2][0])
+    np.testing.assert_allclose(found["a.proto"], refined, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["dense", "dyntrm", "dfc", "dfc_hard"])

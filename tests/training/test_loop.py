@@ -17,7 +17,7 @@ import pytest
 from tests.training import toy
 from tinyonn_jax.config import TrainConfig
 from tinyonn_jax.training.checkpoint import Checkpoints, restore_params, steps
-from tinyonn_jax.training.loop import DivergedError, run
+from tinyonn_jax.training.loop import DivergedError, InterruptedRun, run
 
 CLOCK = ("seconds", "tokens_per_second", "flops_per_second")
 
@@ -153,6 +153,18 @@ def test_a_signal_saves_and_exits(tmp_path, signum, code):
     (saved,) = steps(tmp_path / "checkpoints")
     assert f"after step {saved}, which is saved" in out
     assert 3 <= saved < 400 and len(rows(tmp_path)) == saved
+
+
+def test_a_signal_during_the_last_validation_is_heard(tmp_path, monkeypatch):
+    def validate(state):
+        if int(state.step) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return {"valid_exact": 0.0}
+
+    monkeypatch.setattr(toy, "validate", validate)
+    with pytest.raises(InterruptedRun, match="SIGTERM after step 5"):
+        toy.train(tmp_path, TrainConfig(steps=5, log_every=1, checkpoint_every=5, validate_every=2))
+    assert steps(tmp_path / "checkpoints")[-1] == 5
 
 
 def test_a_second_signal_ends_at_once(tmp_path):

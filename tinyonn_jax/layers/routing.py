@@ -284,12 +284,18 @@ def route(router: Router, x: Float[Array, "N D"], cfg: RouterConfig, valid: Bool
 def data_init(router: Router, routing: Routing, key: Array) -> Router:
     """The router with the inputs of random valid tokens as prototypes, so that every module starts near some of the data.
 
-    `routing` is one that this router made; with blocks of their own both have a leading axis L.
+    No two are equal while there are other inputs: of modules with equal prototypes the first would win every token. `routing` is
+    one that this router made; with blocks of their own both have a leading axis L.
     """
 
     def one(key, proto, x, valid):
-        rows = jax.random.choice(key, x.shape[0], (proto.shape[0],), p=valid / jnp.sum(valid))
-        return x[rows].astype(proto.dtype)
+        mark, draw = jax.random.split(key)
+        along = jnp.where(valid, _exact(x, jax.random.normal(mark, x.shape[1:])), jnp.inf)  # equal inputs are neighbours here
+        order = jnp.argsort(along)
+        met = jnp.diff(along[order], prepend=-jnp.inf) == 0
+        drawn = jax.random.gumbel(draw, along.shape) - jnp.where(met, 1e3, 0)
+        falling = order[jnp.argsort(jnp.where(valid[order], -drawn, jnp.inf))]
+        return x[falling[jnp.arange(proto.shape[0]) % jnp.sum(valid)]].astype(proto.dtype)
 
     if router.proto.ndim == 3:
         keys = jax.random.split(key, router.proto.shape[0])

@@ -1,6 +1,6 @@
 """FLOPs of a training step by formula: six for every weight that a token uses, routers' included, and for every value of a head
 over every pair of tokens that see each other twelve; for each recursion or block. Left out: optimizers, norms, softmax, short
-convolutions, prototype residual connections.
+convolutions, prototype residual connections, the outputs after earlier recursions (deep supervision).
 
 Source: the count of PaLM (arXiv 2204.02311, appendix B), for what a token uses of a library.
 """

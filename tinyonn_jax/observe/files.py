@@ -73,6 +73,8 @@ def require_run(folder: Path) -> None:
         ConfigError: the folder does not exist, or holds nothing of a run.
     """
     if not folder.is_dir():
+        if folder.exists():
+            raise ConfigError(f"{folder}: is a file; name a run folder")
         raise ConfigError(f"{folder}: no such run folder; train writes it")
     if not any((folder / name).exists() for name in (CONFIG, METRICS)):
         raise ConfigError(f"{folder}: no run folder, it has neither {CONFIG} nor {METRICS}; train writes them")

@@ -24,7 +24,7 @@ from tinyonn_jax.arc.generate import Decoder
 from tinyonn_jax.config import Config, ConfigError, ModelConfig
 from tinyonn_jax.layers import base, grouped
 from tinyonn_jax.layers.layout import over
-from tinyonn_jax.layers.routing import data_init
+from tinyonn_jax.layers.routing import data_init, effective
 from tinyonn_jax.learning.rule import LearningRule, layers, replace_part, routers
 from tinyonn_jax.models import transformer
 from tinyonn_jax.training import sharding
@@ -219,15 +219,16 @@ def count_parameters(spec: Any) -> dict[str, Any]:
 def routing_snapshot(state: TrainState, metrics: dict[str, Any]) -> dict[str, np.ndarray]:
     """What `routing_latest.npz` holds of every routed layer (of stacked blocks, the last).
 
-    `{layer}.proto [M,D]`; `{layer}.goodness [M]`, mean over the step's tokens, 0 where the rule measures none;
-    `{layer}.load [M]`, each module's share of the slots in that step; `{layer}.usage [M]`, of all slots served so far. Every
-    process must call it.
+    `{layer}.proto [M,D]`, as tokens are matched with them; `{layer}.goodness [M]`, mean over the step's tokens, 0 where the rule
+    measures none; `{layer}.load [M]`, each module's share of the slots in that step; `{layer}.usage [M]`, of all slots served so
+    far. Every process must call it.
     """
     snapshot: dict[str, np.ndarray] = {}
     for name, layer in layers(state.params).items():
-        proto, used = _fetch(layer.router.proto), _fetch(state.meta.records[name])
+        router, used = effective(jax.tree.map(_fetch, layer.router)), _fetch(state.meta.records[name])
         found = metrics["layers"][name]
         goodness, load = (np.asarray(found.get(what, np.zeros(used.shape))) for what in ("goodness", "load"))
+        proto = np.asarray(router.proto)
         proto, used, goodness, load = (a[-1] if proto.ndim == 3 else a for a in (proto, used, goodness, load))
         snapshot |= {f"{name}.proto": proto, f"{name}.goodness": goodness, f"{name}.load": load}
         snapshot[f"{name}.usage"] = used / max(used.sum(), 1)

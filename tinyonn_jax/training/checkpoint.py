@@ -194,8 +194,10 @@ def restore_params(
             raise CheckpointError(f"{folder}: the checkpoint of step {step} is damaged; whole ones: {', '.join(map(str, good))}")
         _same_config(folder / str(step), config or {})
         return _read(folder / str(step), {which: like})[which], step
-    except FileNotFoundError:  # by who trains there
-        raise CheckpointError(f"{folder}: checkpoints were removed just now; try again") from None
+    except (FileNotFoundError, ValueError) as error:  # tensorstore's is a ValueError
+        if isinstance(error, ValueError) and "NOT_FOUND" not in str(error):
+            raise
+        raise CheckpointError(f"{folder}: checkpoints were removed just now; try again") from None  # by who trains there
 
 
 def meet(place: str) -> None:
@@ -296,7 +298,8 @@ def _undamaged(folder: Path, say: Say) -> tuple[list[int], dict[int, str]]:
         step, reason = max(bad.items())
         raise CheckpointError(f"{folder}: no checkpoint can be read (step {step}: {reason}); move the folder away to start again")
     for step, reason in bad.items():
-        say(f"checkpoint {folder / str(step)} cannot be read ({reason}); falling back to step {good[-1]}")
+        instead = f"falling back to step {good[-1]}" if step > good[-1] else "passed over"
+        say(f"checkpoint {folder / str(step)} cannot be read ({reason}); {instead}")
     return good, bad
 
 

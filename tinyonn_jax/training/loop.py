@@ -117,7 +117,7 @@ def run(
         if skipped >= max_skipped:
             raise DivergedError(
                 f"stopped at step {n}: {skipped} steps in a row had a loss or gradient that is not finite (optim.max_skipped); "
-                f"lower optim.lr, optim.muon_lr or optim.meta_lr"
+                "begin another run (--workdir) with a lower optim.lr, optim.muon_lr or optim.meta_lr"
             )
         seen = tokens(batch)
         pace.tokens, pace.flops = pace.tokens + seen, pace.flops + flops(batch)
@@ -164,6 +164,8 @@ def run(
                 checkpoints.wait()
                 raise InterruptedRun(stopping, n)
         checkpoints.wait()
+        if stopping := _agree(stop, True):  # came too late to stop a step: whatever would follow this run is not wanted
+            raise InterruptedRun(stopping, cfg.steps)
     return state
 
 
