@@ -20,7 +20,7 @@ def tune(alone: bool = True) -> None:
     thread costs more than it brings (a tenth to a fifth of a step on two cores). Flags that the user has set stay.
     """
     wanted = {"xla_cpu_copy_insertion_use_region_analysis": "true"}
-    if (os.cpu_count() or 1) <= 4:
+    if (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) <= 4:
         wanted["xla_cpu_multi_thread_eigen"] = "false"
     flags = os.environ.get("XLA_FLAGS", "")
     ours = [f"--{name}={value}" for name, value in wanted.items() if name not in flags]

@@ -37,7 +37,7 @@ def under(cfg: LearningConfig, rule: RuleName) -> LearningConfig:
 
 
 def idle(cfg: Config, base: Config) -> list[str]:
-    """A line for every field of network or mesh that is not as in `base`, but does nothing beside the others."""
+    """A line for every field that is not as in `base`, but does nothing beside the others."""
     model, mesh = cfg.model, cfg.mesh
     kind = f"in a network of kind {model.kind}"
     where = {f"model.{name}": kind for name, kinds in FIELDS_OF.items() if model.kind not in kinds}
@@ -53,5 +53,15 @@ def idle(cfg: Config, base: Config) -> list[str]:
         where |= dict.fromkeys(("mesh.dispatch", "mesh.capacity"), "with mesh.expert 1")
     elif mesh.dispatch == "replicate":
         where["mesh.capacity"] = "with mesh.dispatch replicate"
+    if cfg.learning.rule == "none":
+        where |= dict.fromkeys(("optim.meta_lr", "optim.meta_clip"), "with learning.rule none")
+    elif model.kind == "dense":
+        where["learning.rule"] = kind
+    if cfg.optim.matrices == "adamw":
+        where["optim.muon_lr"] = "with optim.matrices adamw"
+    if not cfg.data.augment:
+        where["data.permute_zero"] = "with data.augment false"
+    if not cfg.data.holdout:
+        where["train.validate_every"] = "without data.holdout"
     changed = (name for name in where if attrgetter(name)(cfg) != attrgetter(name)(base))
     return [f"--{name.replace('_', '-')} does nothing {where[name]}" for name in changed]

@@ -95,6 +95,11 @@ def test_missing_sources(tmp_path):
         load_source("arc3", "train")
     with pytest.raises(DataError, match=r"holds no \.json file"):
         load_source(write(tmp_path / "empty"), "eval")
+    kaggle = tmp_path / "kaggle"
+    kaggle.mkdir()
+    (kaggle / "x_challenges.json").write_text("{}")
+    with pytest.raises(DataError, match=r"holds Kaggle files.* name one of them: .*x_challenges\.json"):
+        load_source(str(kaggle), "train")
     (tmp_path / "f" / "a.json").mkdir(parents=True)
     with pytest.raises(DataError, match=r"a\.json: cannot be read \(Is a directory\)"):
         load_source(str(tmp_path / "f"), "train")

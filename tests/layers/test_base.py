@@ -76,6 +76,8 @@ def test_inputs_without_tokens_and_masks_of_others_are_refused():
 def test_heads_that_cannot_turn_are_refused():
     with pytest.raises(ValueError, match="even size, got 3"):
         base.rotation(np.ones((1, 2, 1), np.int32), 3)
+    with pytest.raises(ValueError, match="heads of 6, got 4"):
+        base.rotation(np.ones((1, 2, 3), np.int32), 4)
 
 
 def test_entropy_of_impossible_outcomes():

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from tests.models import tiny
-from tinyonn_jax.config import Config, Kind, MeshConfig, ModelConfig
+from tinyonn_jax.config import Config, DataConfig, Kind, LearningConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from tinyonn_jax.models import transformer
 from tinyonn_jax.uses import FIELDS_OF, idle
 
@@ -47,6 +47,22 @@ def test_fields_that_another_field_leaves_nothing_to_do():
     assert said(ModelConfig(inject=False, depth=1)) == ["--model.inject does nothing with model.depth 1"]
     assert said(ModelConfig(kind="dense"), grouped="padded") == ["--mesh.grouped does nothing in a network of kind dense"]
     assert said(ModelConfig(), grouped="padded") == []
+
+    def told(**changes) -> list[str]:
+        return idle(Config(**changes), Config())
+
+    none = LearningConfig(rule="none")
+    assert told(learning=none, optim=OptimConfig(meta_lr=1.0)) == ["--optim.meta-lr does nothing with learning.rule none"]
+    assert told(learning=LearningConfig(rule="msaps"), optim=OptimConfig(meta_lr=1.0, muon_lr=1.0)) == []
+    msaps = told(model=ModelConfig(kind="dense"), learning=LearningConfig(rule="msaps"))
+    assert msaps == ["--learning.rule does nothing in a network of kind dense"]
+    assert told(model=ModelConfig(kind="dense"), learning=none) == []
+    adamw = told(optim=OptimConfig(matrices="adamw", muon_lr=1.0))
+    assert adamw == ["--optim.muon-lr does nothing with optim.matrices adamw"]
+    plain = told(data=DataConfig(augment=False, permute_zero=True))
+    assert plain == ["--data.permute-zero does nothing with data.augment false"]
+    assert told(train=TrainConfig(validate_every=9)) == ["--train.validate-every does nothing without data.holdout"]
+    assert told(train=TrainConfig(validate_every=9), data=DataConfig(holdout=True)) == []
     assert said(ModelConfig(), dispatch="all-to-all") == ["--mesh.dispatch does nothing with mesh.expert 1"]
     assert said(ModelConfig(), expert=2, capacity=4.0) == ["--mesh.capacity does nothing with mesh.dispatch replicate"]
     assert said(ModelConfig(), expert=2, dispatch="all-to-all", capacity=4.0) == []

@@ -24,8 +24,8 @@ def piped(**kwargs):
     return Console(file=io.StringIO(), force_terminal=False, **kwargs)
 
 
-def tty(width=40):
-    return Console(file=io.StringIO(), force_terminal=True, width=width, height=24, color_system="truecolor", _environ={})
+def tty(width=40, colours="truecolor"):
+    return Console(file=io.StringIO(), force_terminal=True, width=width, height=24, color_system=colours, _environ={})
 
 
 def output(console):
@@ -101,6 +101,9 @@ def test_grids_are_digits_when_piped():
     console = piped()
     print_grids(GRIDS, console)
     assert output(console) == "input   attempt 1   attempt 2\n012     99          no answer\n345\n\n"
+    console = piped(width=20)
+    print_grids([("input", [[7] * 30])], console)
+    assert output(console).split() == ["input", "7" * 30]
 
 
 def test_grids_are_coloured_blocks_on_a_terminal_and_digits_under_no_color(monkeypatch):
@@ -112,6 +115,15 @@ def test_grids_are_coloured_blocks_on_a_terminal_and_digits_under_no_color(monke
     console = tty(60)
     print_grids(GRIDS, console)
     assert "48;2" not in output(console) and "012" in output(console)
+
+
+def test_grids_are_digits_where_two_colours_would_look_alike(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for colours, alike in (("standard", True), ("256", False)):
+        console = tty(60, colours)
+        print_grids([("all", [list(range(10))])], console)
+        assert ("0123456789" in output(console)) == alike
+    assert len(set(re.findall(r"\[(48;[\d;]+)m", output(console)))) == 10
 
 
 @pytest.mark.parametrize("side", [3, 18, 30])

@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 from matplotlib.text import Text
 
 from tests.observe import synthetic
 from tinyonn_jax.observe import axes, figures
-from tinyonn_jax.observe.compare import compare_figure
+from tinyonn_jax.observe.compare import _apart, compare_figure
 from tinyonn_jax.observe.figures import NO_LAYERS, NOT_MEASURED, core_metrics, expert_dashboard, write_dashboards
 from tinyonn_jax.observe.grids import task_figure
 
@@ -91,6 +92,40 @@ def test_only_the_last_block_of_many_is_shown():
     assert "2 experts" in said and "2 heads" in said and "0 experts" not in said
 
 
+def test_what_blocks_share_is_shown_of_the_last():
+    layer = {
+        "load": [[0.5, 0.5], [1.0, 0.0]],
+        "active_share": 0.75,
+        "active_share_by_block": [1.0, 0.5],
+        "kl": 1.0,
+        "kl_by_block": [0.9, 0.1],
+    }
+    figure = core_metrics([{"step": step, "layers": {"feedforward": layer}} for step in (10, 20)])
+    assert drawn(panel(figure, "Active modules"))["experts"].tolist() == [[10, 1], [20, 1]]
+    assert drawn(panel(figure, "Modules alive"))["experts, of 2"].tolist() == [[10, 1], [20, 1]]
+    assert drawn(panel(figure, "Routing KL"))["experts"].tolist() == [[10, 0.1], [20, 0.1]]
+
+
+def test_shares_of_many_modules_can_be_read():
+    load = (np.arange(1.0, 513) / np.arange(1.0, 513).sum()).tolist()
+    rows = [{"step": step, "layers": {"feedforward": {"load": load, "active_share": 0.004}}} for step in (10, 20)]
+    routing = {"feedforward.proto": np.eye(512, 4), "feedforward.usage": np.array(load)}
+    for figure in (core_metrics(rows), expert_dashboard(rows, routing)):
+        figure.canvas.draw()
+        for ax in figure.findobj(Axes):
+            said = [label.get_text() for label in ax.get_yticklabels() if label.get_text().endswith("%")]
+            assert len(set(said)) == len(said), said
+
+
+def test_the_first_row_alone_is_a_point_at_its_step():
+    figure = core_metrics([{"step": 1, "layers": {"feedforward": {"load": [0.5, 0.5], "active_share": 1.0}}}])
+    figure.canvas.draw()
+    for title in ("Active modules", "Modules alive"):
+        ax = panel(figure, title)
+        assert next(line for line in ax.lines if line.get_label().startswith("experts")).get_marker() == "o"
+        assert {label.get_text() for label in ax.get_xticklabels()} <= {"0", "1", "2"}
+
+
 def test_principal_axes_are_those_of_the_covariance():
     points = np.random.default_rng(0).normal(size=(9, 5)) * [3, 2, 1, 0.5, 0.1]
     flat, explained = figures._plane(points)
@@ -110,6 +145,19 @@ def test_compare_figure_draws_every_run_and_says_what_is_missing():
     assert set(drawn(panel(figure, "Loss"))) == {"a", "b"}
     assert set(drawn(panel(figure, "Tokens per second"))) == {"a"}
     assert "not logged" in texts(compare_figure({"b": [{"step": 1, "main_loss": 2.0}]}))
+
+
+def test_long_names_of_many_runs_stay_within_the_picture():
+    runs = {f"{'a rather long name of a run, ' * 3}{i}": synthetic.rows(steps=40) for i in range(20)}
+    figure = compare_figure(runs)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box, page = legend.get_window_extent(), figure.bbox
+    assert box.x0 >= page.x0 and box.x1 <= page.x1 and box.y0 >= page.y0
+    looks = {(line.get_color(), line.get_linestyle()) for line in panel(figure, "Loss").lines}
+    assert len(looks) == 20
+    assert panel(figure, "Loss").get_window_extent().height > 200
+    assert _apart(["runs/a/1", "runs/b/2"]) == ["a/1", "b/2"] and _apart(["runs/a"]) == ["a"]
 
 
 def test_names_of_any_kind_are_shown(tmp_path):

@@ -133,6 +133,9 @@ def _read_folder(folder: Path) -> _Unparsed:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); check the folder") from None
     if not paths:
         raise DataError(f"{folder}: holds no .json file; put one file per task into it")
+    kaggle = [path for path in paths if path.stem.endswith("_challenges")]
+    if kaggle:
+        raise DataError(f"{folder}: holds Kaggle files, not one file per task; name one of them: {kaggle[0]}")
     return ((path.stem, lambda path=path: parse_task(path.stem, read_json(path), str(path))) for path in paths)
 
 

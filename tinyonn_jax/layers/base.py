@@ -172,11 +172,13 @@ def rotation(positions: Int[Array, "B T A"], size: int, base: float = 100.0) -> 
     gets n = ⌈C/2 / A⌉ or one less, with wavelengths 2π·base^(i/n), i = 0 … n-1.
 
     Raises:
-        ValueError: heads of an odd size.
+        ValueError: heads of an odd size, or with fewer pairs than there are axes.
     """
     if size % 2:
         raise ValueError(f"rotary positions turn pairs of channels: heads must have an even size, got {size}")
     pairs, axes = size // 2, positions.shape[-1]
+    if pairs < axes:
+        raise ValueError(f"rotary positions need a pair of channels for each of {axes} axes: heads of {2 * axes}, got {size}")
     axis = jnp.arange(pairs) % axes
     frequency = base ** (-(jnp.arange(pairs) // axes) / -(-pairs // axes))
     angle = (positions.astype(jnp.float32)[..., axis] * frequency)[:, :, None]

@@ -62,7 +62,7 @@ def literal(text: str) -> str:
 
 def step_axis(ax: Axes) -> None:
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
 def empty(ax: Axes, reason: str) -> None:
@@ -89,9 +89,12 @@ def legend_entries(axes: Sequence[Axes]) -> dict[str, Any]:
 
 
 def legend_below(figure: Figure) -> None:
-    """One legend for all axes of a figure, below them."""
+    """One legend for all axes of a figure, below them, in as many columns as names leave room for; the figure grows with it."""
     entries = legend_entries(figure.axes)
-    look = {"ncols": min(len(entries), 4) or 1, "frameon": False, "fontsize": 9, "labelcolor": INK}
+    room = int(12 * figure.get_figwidth())  # characters
+    columns = max(1, min(4, len(entries), room // (6 + max(map(len, entries), default=0))))
+    figure.set_figheight(figure.get_figheight() + 0.2 * (-(-len(entries) // columns) - 1))
+    look = {"ncols": columns, "frameon": False, "fontsize": 9, "labelcolor": INK}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", **look)
 
 
@@ -102,7 +105,7 @@ def smooth(values: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"]:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def curve(ax: Axes, rows: Sequence[Row], path: str | tuple[str, ...], label: str, colour: str, **style: Any) -> bool:
+def curve(ax: Axes, rows: Sequence[Row], path: str | tuple[str | int, ...], label: str, colour: str, **style: Any) -> bool:
     """A smoothed curve over its faint raw values, or points where only a few were logged; False where none was."""
     steps, values = column(rows, *((path,) if isinstance(path, str) else path))
     if len(values) >= 40:

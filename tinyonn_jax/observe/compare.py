@@ -9,10 +9,31 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 from rich.console import Console
 
 from tinyonn_jax.observe import console as terminal
-from tinyonn_jax.observe.axes import SERIES, curve, empty, legend_below, literal, log_axis, new_figure, save, step_axis, style
+from tinyonn_jax.observe.axes import (
+    MUTED,
+    SERIES,
+    curve,
+    empty,
+    legend_below,
+    literal,
+    log_axis,
+    new_figure,
+    save,
+    step_axis,
+    style,
+)
 from tinyonn_jax.observe.files import PARAMETERS, SCORE, damaged, read_config, read_json, require_run
 from tinyonn_jax.observe.metrics import Row, count, duration, latest, percent, training_seconds
 from tinyonn_jax.observe.writers import read_metrics
+
+DASHES = ("-", "--", ":", "-.")
+
+
+def _apart(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """What tells the folders apart: their paths from the deepest folder that holds all of them."""
+    paths = [Path(folder).absolute() for folder in folders]
+    above = os.path.commonpath([path.parent for path in paths])
+    return [str(path.relative_to(above)) for path in paths]
 
 
 def compare_figure(runs: Mapping[str, Sequence[Row]]) -> Figure:
@@ -21,7 +42,8 @@ def compare_figure(runs: Mapping[str, Sequence[Row]]) -> Figure:
     panels = (("main_loss", "Loss"), ("exact", "Whole grids right"), ("tokens_per_second", "Tokens per second"))
     for ax, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
         step_axis(style(ax, title))
-        drawn = [curve(ax, rows, key, literal(name), SERIES[i % len(SERIES)], linestyle="-" if i < len(SERIES) else "--")
+        ax.set_xlabel("step", color=MUTED, fontsize=8.5)
+        drawn = [curve(ax, rows, key, literal(name), SERIES[i % len(SERIES)], linestyle=DASHES[i // len(SERIES) % len(DASHES)])
                  for i, (name, rows) in enumerate(runs.items())]  # fmt: skip
         if not any(drawn):
             empty(ax, "not logged")
@@ -78,4 +100,5 @@ def compare(folders: Sequence[str | os.PathLike[str]], picture: str | os.PathLik
     for folder in folders:
         require_run(Path(folder))
     terminal.table("Scores are shares of test outputs", *comparison(folders), console=console)
-    return save(compare_figure({str(folder): read_metrics(folder) for folder in folders}), picture)
+    runs = dict(zip(_apart(folders), map(read_metrics, folders), strict=True))
+    return save(compare_figure(runs), picture)

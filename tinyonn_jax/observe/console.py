@@ -121,15 +121,17 @@ def _block_grid(grid: Grid | None, cell: int) -> Text:
 
 
 def print_grids(grids: Sequence[tuple[str, Grid | None]], console: Console | None = None) -> None:
-    """ARC grids under their titles, as many side by side as fit: coloured blocks, or digits when piped or under NO_COLOR."""
+    """ARC grids under their titles, as many side by side as fit: coloured blocks, or digits when piped, under NO_COLOR, and on
+    terminals of sixteen colours, where two of ARC's ten would look alike."""
     console = console or _console()
-    coloured = _live(console) and not os.environ.get("NO_COLOR")
+    coloured = _live(console) and not os.environ.get("NO_COLOR") and console.color_system in ("256", "truecolor")
     width = console.width
     cell = 2 if coloured and all(2 * len(grid[0]) <= width for _, grid in grids if grid is not None) else 1
     pictures = []
     for title, grid in grids:
         columns = max(len(title), 9 if grid is None else cell * len(grid[0]))
-        pictures.append((title, min(columns, width), _block_grid(grid, cell) if coloured else Text("\n".join(_plain_grid(grid)))))
+        columns = min(columns, width) if _live(console) else columns  # piped, nothing is cut
+        pictures.append((title, columns, _block_grid(grid, cell) if coloured else Text("\n".join(_plain_grid(grid)))))
     while pictures:
         shown, used = 0, 0
         while shown < len(pictures) and (shown == 0 or used + 3 + pictures[shown][1] <= width):

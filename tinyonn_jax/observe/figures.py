@@ -81,6 +81,17 @@ def _curves(layers: Sequence[str]) -> list[tuple[str, str, str]]:
     return [(name, name.rpartition(".")[2], SERIES[i % len(SERIES)]) for i, name in enumerate(last)]
 
 
+def _of_last_block(rows: Sequence[Row], layer: str, what: str) -> tuple[str | int, ...]:
+    """Where rows have a layer's number, of stacked blocks the last one's."""
+    blocks = ("layers", layer, f"{what}_by_block", -1)
+    return blocks if len(column(rows, *blocks)[0]) else ("layers", layer, what)
+
+
+def _marker(steps: np.ndarray) -> str | None:
+    """A line of one point would show nothing."""
+    return "o" if len(steps) == 1 else None
+
+
 def _name(layer: str) -> str:
     """What a layer's modules are called: `heads`, `experts` or the role of its neurons, after the block's name if it has one."""
     kinds = {"attention": "heads", "feedforward": "experts"}
@@ -148,14 +159,14 @@ def _activation(ax: Axes, rows: Sequence[Row]) -> None:
         return empty(ax, NO_LAYERS if rows else NOTHING)
     right = twin(ax, "Act% (dashed)", MUTED)
     for i, (name, label, colour) in enumerate(_curves(layers)):
-        steps, shares = column(rows, "layers", name, "active_share")
+        steps, shares = column(rows, *_of_last_block(rows, name, "active_share"))
         modules = loads(rows, name)[1].shape[1]
         if modules:
-            ax.plot(steps, shares * modules, color=colour, linewidth=1.8, label=label)
-        right.plot(steps, shares, color=colour, linewidth=1.2, linestyle=(5 * i, (4, 6)))
+            ax.plot(steps, shares * modules, color=colour, linewidth=1.8, label=label, marker=_marker(steps))
+        right.plot(steps, shares, color=colour, linewidth=1.2, linestyle=(5 * i, (4, 6)), marker=_marker(steps))
     ax.set_ylim(bottom=0, top=1.15 * max(ax.get_ylim()[1], 1))
     right.set_ylim(0, max(1.15 * right.get_ylim()[1], 0.01))
-    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    right.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_ylabel("modules a token uses", color=MUTED, fontsize=8.5)
     legend(ax)
 
@@ -168,7 +179,7 @@ def _alive(ax: Axes, rows: Sequence[Row]) -> None:
     for name, label, colour in curves:
         steps, load = loads(rows, name)
         of = f", of {load.shape[1]}" if len(curves) <= 2 else ""
-        ax.plot(steps, (load > 0).sum(1), color=colour, linewidth=1.8, label=label + of)
+        ax.plot(steps, (load > 0).sum(1), color=colour, linewidth=1.8, label=label + of, marker=_marker(steps))
         ax.axhline(load.shape[1], color=MUTED if len(curves) > 2 else colour, linewidth=0.8, linestyle=":")
     ax.set_ylim(0, 1.1 * max(loads(rows, name)[1].shape[1] for name, _, _ in curves))
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -181,7 +192,7 @@ def _divergence(ax: Axes, rows: Sequence[Row]) -> None:
     if not layers:
         return empty(ax, NOT_MEASURED if layer_names(rows) else NO_LAYERS if rows else NOTHING)
     for name, label, colour in _curves(layers):
-        curve(ax, rows, ("layers", name, "kl"), label, colour)
+        curve(ax, rows, _of_last_block(rows, name, "kl"), label, colour)
     log_axis(ax)
     right = twin(ax, "ELBO proxy (dotted)", INK)
     curve(right, rows, "elbo", "ELBO", INK, linestyle=":")
@@ -267,7 +278,7 @@ def _heat(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> None:
     _modules(ax, layer, load.shape[1])
     ax.set_ylim(-0.5, load.shape[1] - 0.5)
     ax.grid(False)
-    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.015, aspect=14, format=PercentFormatter(1.0, decimals=0))
+    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.015, aspect=14, format=PercentFormatter(1.0))
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.ax.tick_params(labelsize=7.5, colors=MUTED, length=0)
 
@@ -304,7 +315,7 @@ def _lifetime(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> No
     ax.text(1.01, mean, f"mean\n{percent(mean)}", transform=ax.get_yaxis_transform(), fontsize=7.5, color=INK, va="center")
     ax.set_xlim(-0.7, len(usage) - 0.3)
     ax.xaxis.set_major_locator(MaxNLocator(min(len(usage), 9), integer=True))
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_ylabel(_name(layer), color=_colour(layer), fontsize=9.5)
 
 
@@ -352,14 +363,15 @@ def _prototypes(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> 
 
 EXPERT_PANELS: tuple[tuple[str, Callable[[Axes, str, Sequence[Row], Routing], None]], ...] = (
     ("Router choices", _choices),
-    ("Lifetime activation", _lifetime),
+    ("Share of activations, lifetime", _lifetime),
     ("Share of activations", _heat),
     ("Prototypes", _prototypes),
 )
 
 
 def expert_dashboard(rows: Sequence[Row], routing: Routing | None = None) -> Figure:
-    """Router choices over time, lifetime activation rates, choices as a heat map, prototypes in two dimensions: 2 x 2 panels.
+    """Router choices over time, each module's share of all activations, choices as a heat map, prototypes in two dimensions:
+    2 x 2 panels.
 
     `routing` is what `routing_latest.npz` holds. Each panel shows the last block's experts and, beside or below them, its heads.
     """

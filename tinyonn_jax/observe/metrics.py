@@ -13,15 +13,18 @@ from jaxtyping import Float
 Row = Mapping[str, Any]
 
 
-def lookup(row: Row, *path: str) -> Any:
-    """The value at nested keys, or None where any of them is missing."""
+def lookup(row: Row, *path: str | int) -> Any:
+    """The value at nested keys, or places in a list, or None where any of them is missing."""
     value: Any = row
     for key in path:
-        value = value.get(key) if isinstance(value, Mapping) else None
+        if isinstance(value, Mapping):
+            value = value.get(key)
+        else:
+            value = value[key] if isinstance(value, list) and value and isinstance(key, int) else None
     return value
 
 
-def column(rows: Sequence[Row], *path: str) -> tuple[Float[np.ndarray, "S"], Float[np.ndarray, "S"]]:
+def column(rows: Sequence[Row], *path: str | int) -> tuple[Float[np.ndarray, "S"], Float[np.ndarray, "S"]]:
     """Steps and values of one scalar metric, over the rows that have it."""
     found = [(row["step"], v) for row in rows if isinstance(v := lookup(row, *path), int | float) and np.isfinite(v)]
     steps, values = zip(*found, strict=True) if found else ((), ())
