@@ -290,9 +290,9 @@ def data_init(router: Router, routing: Routing, key: Array) -> Router:
 
     def one(key, proto, x, valid):
         mark, draw = jax.random.split(key)
-        along = jnp.where(valid, _exact(x, jax.random.normal(mark, x.shape[1:])), jnp.inf)  # equal inputs are neighbours here
-        order = jnp.argsort(along)
-        met = jnp.diff(along[order], prepend=-jnp.inf) == 0
+        along = _exact(x, jax.random.normal(mark, x.shape[1:]))  # equal inputs are neighbours here, but for rounding
+        order = jnp.argsort(jnp.where(valid, along, jnp.inf))
+        met = jnp.diff(along[order], prepend=-jnp.inf) <= 1e-5 * jnp.max(jnp.abs(along))
         drawn = jax.random.gumbel(draw, along.shape) - jnp.where(met, 1e3, 0)
         falling = order[jnp.argsort(jnp.where(valid[order], -drawn, jnp.inf))]
         return x[falling[jnp.arange(proto.shape[0]) % jnp.sum(valid)]].astype(proto.dtype)
