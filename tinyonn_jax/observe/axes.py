@@ -65,6 +65,11 @@ def step_axis(ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
+def percent_tick(share: float, _: Any = None) -> str:
+    """How an axis says a share, with as many digits as it takes: 40%, 2.5%."""
+    return f"{100 * share:.4g}%"
+
+
 def empty(ax: Axes, reason: str) -> None:
     ax.set_axis_on()
     ax.set(xticks=[], yticks=[])

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter
 from rich.console import Console
 
 from tinyonn_jax.observe import console as terminal
@@ -18,6 +18,7 @@ from tinyonn_jax.observe.axes import (
     literal,
     log_axis,
     new_figure,
+    percent_tick,
     save,
     step_axis,
     style,
@@ -51,7 +52,7 @@ def compare_figure(runs: Mapping[str, Sequence[Row]]) -> Figure:
             log_axis(ax)
         elif key == "exact":
             ax.set_ylim(-0.02, 1.02)
-            ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+            ax.yaxis.set_major_formatter(percent_tick)
         else:
             ax.set_ylim(bottom=0)
             ax.yaxis.set_major_formatter(EngFormatter(sep=""))

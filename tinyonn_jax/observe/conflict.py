@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
-from tinyonn_jax.observe.axes import INK, MUTED, SERIES, legend_below, log_axis, new_figure, step_axis, style
+from tinyonn_jax.observe.axes import INK, MUTED, SERIES, legend_below, log_axis, new_figure, percent_tick, step_axis, style
 from tinyonn_jax.observe.metrics import Row, column
 
 PANELS = (
@@ -40,7 +39,7 @@ def conflict_figure(networks: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
             ax.text(0.98, 0.97, note, transform=ax.transAxes, fontsize=8.5, color=INK, ha="right", va="top", style="italic")
         elif key == "shared_share":
             ax.set_ylim(-0.03, 1.03)
-            ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            ax.yaxis.set_major_formatter(percent_tick)
         else:
             log_axis(ax)
     legend_below(figure)

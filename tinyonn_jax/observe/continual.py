@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.special import stdtrit
 
 from tinyonn_jax.arc.continual import MEASURES, measures
 from tinyonn_jax.config import ConfigError
-from tinyonn_jax.observe.axes import INK, MUTED, SHARE_COLOURS, new_figure, save
+from tinyonn_jax.observe.axes import INK, MUTED, SHARE_COLOURS, new_figure, percent_tick, save
 from tinyonn_jax.observe.files import write_atomically
 from tinyonn_jax.observe.metrics import lookup, percent
 from tinyonn_jax.observe.writers import plain, read_metrics
@@ -103,7 +103,7 @@ def figure(results: Mapping[str, Any]) -> Figure:
     picture.supxlabel("tested on stage", fontsize=9, color=MUTED)
     picture.supylabel("after learning stage (0: before any)", fontsize=9, color=MUTED)
     if image is not None:
-        bar = picture.colorbar(image, ax=list(axes), shrink=0.6, aspect=30, format=PercentFormatter(1.0, decimals=0))
+        bar = picture.colorbar(image, ax=list(axes), shrink=0.6, aspect=30, format=FuncFormatter(percent_tick))
         bar.set_label("output tokens right", fontsize=9, color=MUTED)
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
         bar.ax.tick_params(labelsize=8, colors=MUTED, length=0)

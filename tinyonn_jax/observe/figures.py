@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tinyonn_jax.config import ConfigError
 from tinyonn_jax.observe.axes import (
@@ -33,6 +33,7 @@ from tinyonn_jax.observe.axes import (
     legend,
     log_axis,
     new_figure,
+    percent_tick,
     save,
     step_axis,
     style,
@@ -126,7 +127,7 @@ def _accuracies(ax: Axes, rows: Sequence[Row]) -> None:
     if not any([curve(ax, rows, key, label, colour) for key, label, colour in curves]):
         return empty(ax, "no accuracies logged yet")
     ax.set_ylim(-0.02, 1.02)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.yaxis.set_major_formatter(percent_tick)
     legend(ax)
 
 
@@ -166,7 +167,7 @@ def _activation(ax: Axes, rows: Sequence[Row]) -> None:
         right.plot(steps, shares, color=colour, linewidth=1.2, linestyle=(5 * i, (4, 6)), marker=_marker(steps))
     ax.set_ylim(bottom=0, top=1.15 * max(ax.get_ylim()[1], 1))
     right.set_ylim(0, max(1.15 * right.get_ylim()[1], 0.01))
-    right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    right.yaxis.set_major_formatter(percent_tick)
     ax.set_ylabel("modules a token uses", color=MUTED, fontsize=8.5)
     legend(ax)
 
@@ -278,7 +279,7 @@ def _heat(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> None:
     _modules(ax, layer, load.shape[1])
     ax.set_ylim(-0.5, load.shape[1] - 0.5)
     ax.grid(False)
-    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.015, aspect=14, format=PercentFormatter(1.0))
+    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.015, aspect=14, format=FuncFormatter(percent_tick))
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.ax.tick_params(labelsize=7.5, colors=MUTED, length=0)
 
@@ -315,7 +316,7 @@ def _lifetime(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> No
     ax.text(1.01, mean, f"mean\n{percent(mean)}", transform=ax.get_yaxis_transform(), fontsize=7.5, color=INK, va="center")
     ax.set_xlim(-0.7, len(usage) - 0.3)
     ax.xaxis.set_major_locator(MaxNLocator(min(len(usage), 9), integer=True))
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.yaxis.set_major_formatter(percent_tick)
     ax.set_ylabel(_name(layer), color=_colour(layer), fontsize=9.5)
 
 
@@ -363,7 +364,7 @@ def _prototypes(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> 
 
 EXPERT_PANELS: tuple[tuple[str, Callable[[Axes, str, Sequence[Row], Routing], None]], ...] = (
     ("Router choices", _choices),
-    ("Share of activations, lifetime", _lifetime),
+    ("Lifetime shares", _lifetime),
     ("Share of activations", _heat),
     ("Prototypes", _prototypes),
 )
