@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tinyonn_jax.layers.base import wrong_choices
 from tinyonn_jax.layers.kernels import Choice
+from tinyonn_jax.layers.routing import weighing
 
 Kind = Literal["dense", "dyntrm", "dfc", "dfc_hard"]
 RuleName = Literal["none", "backprop", "sars", "msaps"]
@@ -134,9 +135,9 @@ class ModelConfig:
             not self.neurons or self.dim == self.heads * self.head_dim,
             f"model.dim ({self.dim}) must be model.heads × model.head_dim ({self.heads} × {self.head_dim}) for kind {self.kind}",
         )
-        above = self.select in ("relu", "hard") or (self.select == "top_k" and self.weight == "relu")
+        above_zero = self.neurons or self.select in ("relu", "hard") or (self.select == "top_k" and self.weight == "relu")
         _require(
-            self.cost != "threshold" or self.kind == "dense" or not (self.neurons or above),
+            self.cost != "threshold" or self.kind == "dense" or not above_zero,
             "model.cost threshold starts at a half, above most matches, and modules that need a logit above zero would never be "
             "active: take another cost, or (dyntrm) model.select threshold, or top_k with model.weight softmax or hard",
         )
@@ -159,9 +160,8 @@ class ModelConfig:
     @property
     def graded(self) -> bool:
         """Whether weights of selected modules follow their logits (dyntrm), somewhere: a softmax over one alone is always one."""
-        chosen = max(self.active_heads, self.active_experts)
-        shared = chosen > 1 and (self.select == "threshold" or (self.select == "top_k" and self.weight == "softmax"))
-        return shared or self.select == "relu" or (self.select == "top_k" and self.weight == "relu")
+        weight = weighing(self.select, self.weight)
+        return weight == "relu" or (weight == "softmax" and max(self.active_heads, self.active_experts) > 1)
 
     @property
     def neurons(self) -> bool:

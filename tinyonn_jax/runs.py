@@ -32,7 +32,17 @@ from tinyonn_jax.config import Config, ConfigError
 from tinyonn_jax.layers import grouped
 from tinyonn_jax.models.flops import useful_flops
 from tinyonn_jax.observe.console import Progress
-from tinyonn_jax.observe.files import ANSWERS, CONFIG, ORIGIN, PARAMETERS, ROUTING, TASKS, stored_origin, write_atomically
+from tinyonn_jax.observe.files import (
+    ANSWERS,
+    CONFIG,
+    ORIGIN,
+    PARAMETERS,
+    ROUTING,
+    TASKS,
+    require_run,
+    stored_origin,
+    write_atomically,
+)
 from tinyonn_jax.observe.metrics import training_seconds
 from tinyonn_jax.observe.writers import MetricsWriter, read_metrics
 from tinyonn_jax.presets import PRESETS
@@ -81,12 +91,8 @@ def open_run(folder: Path) -> Run:
     """
     folder, config = Path(folder), stored_config(folder)
     if config is None:
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"{folder}: is a file; name a run folder with --workdir")
-        what = f"holds no {CONFIG}" if folder.is_dir() else "no such run folder"
-        raise ConfigError(
-            f"{folder}: {what}; train writes it: python experiments/arc.py train --workdir {shlex.quote(str(folder))}"
-        )
+        require_run(folder)
+        raise ConfigError(f"{folder / CONFIG}: is missing; restore it, or start the run again in a new folder")
     path = folder / TASKS
     try:
         text = path.read_text(encoding="utf-8")

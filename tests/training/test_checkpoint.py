@@ -120,14 +120,22 @@ def test_a_file_where_checkpoints_belong_is_refused_before_training(tmp_path):
         Checkpoints(tmp_path / "checkpoints")
 
 
-@pytest.mark.parametrize("step", ["latest", "best", 40])
-def test_one_that_is_removed_while_it_is_read_is_one_clear_line(tmp_path, step, monkeypatch):
+def remove_arrays(path: Path) -> None:
+    for file in (path / "ema").rglob("*"):
+        if file.is_file() and file.name != "_METADATA":
+            file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("step", "remove"), [("latest", shutil.rmtree), ("best", shutil.rmtree), (40, shutil.rmtree), (40, remove_arrays)]
+)
+def test_one_that_is_removed_while_it_is_read_is_one_clear_line(tmp_path, step, remove, monkeypatch):
     save(tmp_path, 20, 40)
     undamaged = checkpoint._undamaged
 
     def then_removed(*args):
         found = undamaged(*args)
-        shutil.rmtree(tmp_path / "40")  # by who trains there
+        remove(tmp_path / "40")  # by who trains there
         return found
 
     monkeypatch.setattr(checkpoint, "_undamaged", then_removed)
@@ -203,6 +211,14 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, damag
     chex.assert_trees_all_equal(restore(tmp_path)[0], make(40))
     assert (tmp_path / "40.broken").is_dir()
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_older_checkpoint_is_passed_over(tmp_path):
+    save(tmp_path, 20, 40)
+    empty(tmp_path / "20")
+    state, (said,) = restore(tmp_path)
+    assert said.endswith("/20 cannot be read (it is empty or incomplete); passed over")
+    chex.assert_trees_all_equal(state, make(40))
 
 
 def test_no_readable_checkpoint_is_an_error_not_a_fresh_start(tmp_path):

@@ -209,6 +209,11 @@ def routing_logits(router: Router, x: Float[Array, "N D"], cfg: RouterConfig) ->
     return match(x, router.proto, cfg) - cost(x, router.gate, cfg)
 
 
+def weighing(select: str, weight: str) -> str:
+    """How selected modules are weighed, softmax, relu or hard: chosen under top_k, else what belongs to the selection."""
+    return weight if select == "top_k" else {"relu": "relu", "hard": "hard", "threshold": "softmax"}[select]
+
+
 ROUNDS = 8
 """Up to so many slots a GPU finds by one maximum after the other; for more it sorts."""
 
@@ -252,7 +257,7 @@ def select(logits: Float[Array, "N M"], cfg: RouterConfig) -> tuple[Array, Array
             active = above
         case "threshold":
             active = above | (none & (jnp.arange(k) < cfg.fallback))
-    match cfg.weight if cfg.select == "top_k" else {"relu": "relu", "hard": "hard", "threshold": "softmax"}[cfg.select]:
+    match weighing(cfg.select, cfg.weight):
         case "softmax":
             lowest = jnp.finfo(jnp.float32).min  # not -inf: a token may have no active slot at all (fallback 0)
             weight = jnp.where(active, jax.nn.softmax(jnp.where(active, value, lowest), -1), 0)

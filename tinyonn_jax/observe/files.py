@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -72,12 +73,13 @@ def require_run(folder: Path) -> None:
     Raises:
         ConfigError: the folder does not exist, or holds nothing of a run.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file; name a run folder")
+    train = f"python experiments/arc.py train --workdir {shlex.quote(str(folder))}"
     if not folder.is_dir():
-        if folder.exists():
-            raise ConfigError(f"{folder}: is a file; name a run folder")
-        raise ConfigError(f"{folder}: no such run folder; train writes it")
+        raise ConfigError(f"{folder}: no such run folder; train writes it: {train}")
     if not any((folder / name).exists() for name in (CONFIG, METRICS)):
-        raise ConfigError(f"{folder}: no run folder, it has neither {CONFIG} nor {METRICS}; train writes them")
+        raise ConfigError(f"{folder}: no run folder, it has neither {CONFIG} nor {METRICS}; train writes them: {train}")
 
 
 @contextlib.contextmanager

@@ -194,8 +194,8 @@ def restore_params(
             raise CheckpointError(f"{folder}: the checkpoint of step {step} is damaged; whole ones: {', '.join(map(str, good))}")
         _same_config(folder / str(step), config or {})
         return _read(folder / str(step), {which: like})[which], step
-    except (FileNotFoundError, ValueError) as error:  # tensorstore's is a ValueError
-        if isinstance(error, ValueError) and "NOT_FOUND" not in str(error):
+    except (FileNotFoundError, ValueError) as error:
+        if not isinstance(error, FileNotFoundError) and "NOT_FOUND" not in str(error):  # which is what TensorStore says
             raise
         raise CheckpointError(f"{folder}: checkpoints were removed just now; try again") from None  # by who trains there
 
