@@ -55,6 +55,20 @@ def test_layer_norm_by_hand():
     np.testing.assert_allclose(base.layer_norm(*(a.astype(np.float32) for a in (x, scale, bias))), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("inputs, outputs", [(40, 8), (8, 40)])
+@pytest.mark.parametrize("dtype, rtol", [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_linear_is_a_product_and_its_gradients_those_of_one(inputs, outputs, dtype, rtol):
+    x, w = (jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate([(3, 64, inputs), (3, inputs, outputs)]))
+
+    def gradients(product):
+        return jax.value_and_grad(lambda x, w: jnp.sum(jax.vmap(product)(x, w).astype(jnp.float32) ** 2), (0, 1))(x, w)
+
+    for got, want in zip(jax.tree.leaves(gradients(base.linear)), jax.tree.leaves(gradients(jnp.matmul)), strict=True):
+        assert got.dtype == want.dtype
+        size = jnp.max(jnp.abs(want)).astype(float)
+        np.testing.assert_allclose(got.astype(float), want.astype(float), rtol=rtol, atol=rtol * size)
+
+
 def test_tokens_of_refuses_what_would_be_taken_for_other_tokens():
     x = np.ones((2, 3, 4), np.float32)
     assert base.tokens_of(x, 4, 3).shape == (6, 4)

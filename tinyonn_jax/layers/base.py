@@ -1,4 +1,5 @@
-"""Parameters declared once, configurations checked, and the small maths every layer shares: norms, entropy, rotary positions.
+"""Parameters declared once, configurations checked, and the small maths that layers share: products with weights, norms, entropy,
+rotary positions.
 
 A layer's `spec(cfg)` returns its params struct filled with `Param(shape, axes, init)`; `init` and the sharding tree both
 derive from it by tree map. Letters: N tokens, D model, C head size, T positions.
@@ -7,6 +8,7 @@ derive from it by tree map. Letters: N tokens, D model, C head size, T positions
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
@@ -114,6 +116,30 @@ def stack(spec: Any, layers: int) -> Any:
         )
 
     return jax.tree.map(lead, spec, is_leaf=is_param)
+
+
+def contract_rows(x: Float[Array, "N I"], g: Float[Array, "N O"]) -> Float[Array, "I O"]:
+    """xᵀ·g, summed in float32 at least: the gradient of a weight that rows x met, and to which g came back.
+
+    A CPU takes up to twice as long where the first factor is the wider one, so it makes gᵀ·x and turns that over; the barrier
+    keeps XLA from turning it back.
+    """
+    matmul = partial(jnp.matmul, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    if x.shape[1] <= g.shape[1] or jax.default_backend() != "cpu":
+        return matmul(x.T, g)
+    return jax.lax.optimization_barrier(matmul(g.T, x)).T
+
+
+@jax.custom_vjp
+def linear(x: Float[Array, "N I"], w: Float[Array, "I O"]) -> Float[Array, "N O"]:
+    """x·w, its weight gradient by `contract_rows`."""
+    return x @ w
+
+
+linear.defvjp(
+    lambda x, w: (x @ w, (x, w)),
+    lambda saved, g: (g @ saved[1].T, contract_rows(saved[0], g).astype(saved[1].dtype)),
+)
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"]) -> Float[Array, "*B D"]:

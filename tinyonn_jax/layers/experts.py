@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import grouped, parallel
 from tinyonn_jax.layers import tap as taps
-from tinyonn_jax.layers.base import Param, fan_in
+from tinyonn_jax.layers.base import Param, fan_in, linear
 from tinyonn_jax.layers.routing import Routing, held, per_module
 
 
@@ -57,7 +57,8 @@ activate.defvjp(
 def mlp(params: Mlp, x: Float[Array, "*N D"], gated: bool) -> Float[Array, "*N D"]:
     """One MLP on every token: act(x·w_in)·w_out."""
     tokens = x.reshape(-1, x.shape[-1])  # flat, so that weight gradients are plain matmuls
-    return (activate(tokens @ params.w_in.astype(x.dtype), gated) @ params.w_out.astype(x.dtype)).reshape(x.shape)
+    h = activate(linear(tokens, params.w_in.astype(x.dtype)), gated)
+    return linear(h, params.w_out.astype(x.dtype)).reshape(x.shape)
 
 
 def grouped_tap(tap: taps.Tap | None, plan: grouped.Plan) -> grouped.Tap | None:

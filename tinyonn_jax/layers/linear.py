@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import grouped, parallel
 from tinyonn_jax.layers import tap as taps
+from tinyonn_jax.layers.base import contract_rows
 from tinyonn_jax.layers.experts import grouped_tap
 from tinyonn_jax.layers.kernels import module_norms, squares
 from tinyonn_jax.layers.routing import Routing, held
@@ -99,7 +100,7 @@ def _dense_project_bwd(saved, g):
     modules, inputs, outputs = w.shape
     spread = _spread(g, hit).reshape(x.shape[0], -1)  # [N,M·O]
     d_x = spread @ w.swapaxes(1, 2).reshape(-1, inputs)
-    d_w = jnp.matmul(x.T, spread, preferred_element_type=jnp.float32).reshape(inputs, modules, outputs).swapaxes(0, 1)
+    d_w = contract_rows(x, spread).reshape(inputs, modules, outputs).swapaxes(0, 1)
     if tap is None:
         return d_x, d_w.astype(w.dtype), None, None
     zero = jnp.zeros_like(tap.output)
@@ -125,7 +126,7 @@ def _dense_merge_fwd(x, w, weight, hit, tap):
 
 def _dense_merge_bwd(saved, g):
     x, w, weight, hit, tap = saved
-    d_w = jnp.matmul(_weighed(x, weight, hit).T, g, preferred_element_type=jnp.float32).reshape(w.shape)
+    d_w = contract_rows(_weighed(x, weight, hit), g).reshape(w.shape)
     d_rows = _pick((g @ w.reshape(-1, w.shape[2]).T).reshape(x.shape[0], w.shape[0], -1), hit)  # dL/d(weight · x)
     d_x = d_rows * weight[..., None].astype(g.dtype)
     d_weight = jnp.sum((d_rows * x).astype(jnp.float32), -1).astype(weight.dtype)

@@ -12,7 +12,7 @@ import flax.struct
 from jaxtyping import Array, Float
 
 from tinyonn_jax.layers import attention
-from tinyonn_jax.layers.base import Param, fan_in, tokens_of
+from tinyonn_jax.layers.base import Param, fan_in, linear, tokens_of
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,6 @@ def apply(
     tokens = tokens_of(x, cfg.dim, 3)  # flat, so that weight gradients are plain matmuls
     b, t, d = x.shape
     where = attention.place(where, cache, b, t, cfg.head_dim)
-    q, k, v = ((tokens @ w.astype(x.dtype)).reshape(b, t, cfg.heads, -1) for w in (params.w_q, params.w_k, params.w_v))
+    q, k, v = (linear(tokens, w.astype(x.dtype)).reshape(b, t, cfg.heads, -1) for w in (params.w_q, params.w_k, params.w_v))
     o, cache = attention.attend(q, k, v, where, cache)
-    return (o.reshape(b * t, -1) @ params.w_o.astype(x.dtype)).reshape(b, t, d), cache
+    return linear(o.reshape(b * t, -1), params.w_o.astype(x.dtype)).reshape(b, t, d), cache
