@@ -287,6 +287,8 @@ def main() -> None:
         raise ConfigError(f"--steps must be at least 1, got {args.steps}")
     if not 0 < args.temper < math.inf:
         raise ConfigError(f"--temper must be positive and finite, got {args.temper}: without the KL there is nothing to compare")
+    if len(set(args.seed)) < len(args.seed):
+        raise ConfigError(f"--seed must name each once, got {' '.join(map(str, args.seed))}")
     cli.set_up()
     args.workdir.mkdir(parents=True, exist_ok=True)
     pairs = demonstrations()

@@ -9,6 +9,7 @@ Letters: N tokens, D model, F expert hidden, E experts, K slots, P = N·K pairs,
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -106,15 +107,17 @@ def usable() -> list[kernels.Kernel]:
 
 
 def parity(sizes: Sizes) -> Iterator[Row]:
-    """Values, gradients and norms of every kernel; one module has no rows, and some rows no module."""
+    """Values, gradients and norms of every kernel, where one module has no rows and some rows no module, and where all rows are
+    one module's."""
     pairs, dim, modules = sizes.parity
     rng = np.random.default_rng(0)
     share = rng.multinomial(pairs - pairs // 16, rng.dirichlet(np.ones(modules - 1)))
-    counts = np.insert(share, 1, 0)
-    for dtype, limit in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)):
+    loads = {"uneven": np.insert(share, 1, 0), "all in one": pairs * (np.arange(modules) == 1)}
+    types = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
+    for (load, counts), (dtype, limit) in itertools.product(loads.items(), types.items()):
         x, w, g = (jnp.asarray(rng.normal(size=s), dtype) for s in ((pairs, dim), (modules, dim, dim), (pairs, dim)))
 
-        def run(x, w, g):
+        def run(x, w, g, counts=counts):
             tap = grouped.Tap(jnp.zeros(x.shape[0]), jnp.zeros(w.shape[0]))
             y, vjp = jax.vjp(lambda x, w, tap: grouped.matmul(x, w, jnp.asarray(counts), tap), x, w, tap)
             dx, dw, tap = vjp(g)
@@ -128,7 +131,7 @@ def parity(sizes: Sizes) -> Iterator[Row]:
                 with grouped.using(kernel), jax.default_matmul_precision("highest"):
                     return distance(jax.jit(partial(run))(*args), want)  # a function of its own: `run` itself is traced once
 
-            yield attempt(f"parity: {kernel}, {jnp.dtype(dtype).name}, relative error", limit, measure)
+            yield attempt(f"parity: {kernel}, {load}, {jnp.dtype(dtype).name}, relative error", limit, measure)
 
 
 def loops(x: np.ndarray, w: np.ndarray, g: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -198,6 +201,9 @@ def against_cpu(sizes: Sizes) -> Iterator[Row]:
             grads, _, signals, _ = jax.jit(lambda *args: gradients(loss, rule, *args))(*args)
         return jax.device_get((grads, signals))
 
+    if jax.default_backend() == "cpu":
+        yield Row("step: gradients and signals against the CPU: this is one", None)
+        return
     yield attempt(
         "step: gradients and signals against the CPU, relative error",
         1e-3,
@@ -287,17 +293,20 @@ SECTIONS: tuple[Callable[[Sizes], Iterator[Row]], ...] = (parity, attending, aga
 
 
 def rows(sizes: Sizes, seconds: float) -> Iterator[Row]:
-    """The rows of every section that begins in time; one that fails as a whole is a row that says so."""
+    """The rows there is time for, and how long they took; a section that fails as a whole is a row that says so."""
     begin = time.perf_counter()
     for section in SECTIONS:
-        if time.perf_counter() - begin > seconds:
-            yield Row(f"{section.__name__}: no time left", None)
-            continue
         try:
-            yield from section(sizes)
+            measured = section(sizes)
+            while time.perf_counter() - begin < seconds:
+                yield next(measured)
+            yield Row(f"{section.__name__}: no time left", None)
+        except StopIteration:
+            pass
         except Exception as error:  # the others are worth having
             yield Row(section.__name__, None, 0.0, error=_line(error))
         jax.clear_caches()
+    yield Row("all rows together", time.perf_counter() - begin, unit="s")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -306,7 +315,7 @@ def main(arguments: Sequence[str]) -> None:
         prog="benchmark.py gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_json(parser)
-    parser.add_argument("--minutes", type=float, default=9.0, help="after so many, no further section begins")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after so many, no further row begins")
     parser.add_argument("--tiny", action="store_true", help="everything small: tries the script")
     args = parser.parse_args(arguments)
     if jax.default_backend() != "gpu":

@@ -8,6 +8,7 @@ a prediction. Exit status 1 if a device gathers tokens or the experts of others,
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -31,7 +32,7 @@ from tinyonn_jax.training import assemble, sharding
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 ROWS, LENGTH, TASKS = 8, 1920, 1000  # of arc1's longest bucket, so many sequences a device as its tokens_per_batch holds
-FLAT = 0.02  # by how much the bytes in a device's collectives may grow over those on the fewest devices with every mesh axis
+FLAT = 0.02  # by how much the bytes in a device's collectives may grow with `data`, over the fewest devices with every mesh axis
 
 
 # --- the step, compiled -------------------------------------------------------------------------------------------------
@@ -110,19 +111,22 @@ def measure(config: Config, mesh_cfg: MeshConfig, rows: int = ROWS, length: int 
 
 
 def forbidden(reading: Reading, spec: Any, config: Config, rows: int, length: int) -> str:
-    """What is gathered that should not be, in words: tokens (of `rows` sequences on each device), or weights of all modules.
+    """What is gathered that should not be, in words: tokens (of `rows` sequences on each device), or weights of modules from
+    devices that hold others (over `expert`, the innermost axis), whole or cut over fsdp, whatever shape they have by then.
 
     Where experts are sent tokens, latent heads are gathered on purpose; experts are told from them by their hidden axis.
     """
     of_all = "hidden" if config.mesh.dispatch == "all-to-all" else "experts"
     modules = [p.shape for p in jax.tree.leaves(spec, is_leaf=base.is_param) if "experts" in p.axes and of_all in p.axes]
+    weights = {math.prod(shape) // cut for shape in modules for cut in (1, config.mesh.fsdp)}
     for c in (c for c in reading.collectives if c.kind == "all-gather"):
         assert c.axis is not None
+        of_others = any(len({device % config.mesh.expert for device in group}) > 1 for group in c.groups)
         for shape in c.shapes:
             size, n = shape[c.axis], len(c.groups[0])
             if size == n * rows * length or (size == n * rows and length in shape[c.axis + 1 :]):
                 return f"tokens are gathered: {shape} along axis {c.axis}"
-            if config.mesh.expert > 1 and sorted(shape) in map(sorted, modules):
+            if of_others and math.prod(shape) in weights:
                 return f"the weights of all modules are gathered: {shape}"
     return ""
 
@@ -157,7 +161,8 @@ MACHINES = (
     Machine("TPU v5p", 459e12, 10**9, 200e9, 200e9),
 )
 ASSUMPTIONS = f"""\
-Predicted, not measured. Matmuls run at {UTILISATION} of the peak, collectives at the full speed of their link, as rings without
+Predicted, not measured. Efficiency is the time of one device over that of a row.
+Matmuls run at {UTILISATION} of the peak, collectives at the full speed of their link, as rings without
 latency; nothing else costs time, and the load of the experts is even. Of two figures the first lets nothing overlap, the second
 hides all communication behind matmuls. H100 SXM: 989 TFLOP/s in bfloat16, dense; NVLink, 450 GB/s each way among eight; beyond
 them 400 Gb/s InfiniBand for each GPU, at which a collective that leaves its eight runs as a whole (see
@@ -195,12 +200,13 @@ def tables(rows: Sequence[Figures]) -> Iterable[Table]:
     yield read_table
     predicted = Table("machine", "devices", "matmuls, ms", "collectives, ms", "step, ms", "efficiency, %")
     for machine in MACHINES:
-        alone = sum(predict(machine, rows[0]))
+        alone = sum(predict(machine, rows[0])) if rows[0].devices == 1 else math.nan
         for row in rows:
             compute, talk = predict(machine, row)
             slow, fast = compute + talk, max(compute, talk)
             shown = (f"{compute * 1e3:.0f}", f"{talk * 1e3:.1f}", f"{slow * 1e3:.0f} – {fast * 1e3:.0f}")
-            predicted.add_row(machine.name, str(row.devices), *shown, f"{100 * alone / slow:.0f} – {100 * alone / fast:.0f}")
+            share = "–" if math.isnan(alone) else f"{100 * alone / slow:.0f} – {100 * alone / fast:.0f}"
+            predicted.add_row(machine.name, str(row.devices), *shown, share)
     yield predicted
 
 
@@ -243,14 +249,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         broken = flat(rows)
     except ValueError as error:
         broken = str(error)
-    if args.json:
-        write_atomically(args.json, json.dumps([as_json(row) for row in rows], indent=2) + "\n")
     for table, note in zip(tables(rows) if rows else (), (READ, ASSUMPTIONS), strict=False):
         console.print(table)
         console.print(note, highlight=False, markup=False)
+    if args.json:
+        write_atomically(args.json, json.dumps([as_json(row) for row in rows], indent=2) + "\n")
     if broken:
         sys.exit(f"error: {broken}")
-
-
-if __name__ == "__main__":
-    main()

@@ -35,8 +35,8 @@ def test_what_fails_or_has_no_time_is_said(monkeypatch, tmp_path):
     assert not gpu.report(gpu.rows(gpu.TINY, 60), file)
     rows = json.loads(file.read_text())[:5]
     assert [(row["value"], row["ok"]) for row in rows] == [(None, False), (2.0, False), (2.0, True), (2.0, True), (None, False)]
-    late = list(gpu.rows(gpu.TINY, -1))
-    assert [(row.row, row.ok) for row in late] == [("broken: no time left", None)] * 2
+    *late, took = gpu.rows(gpu.TINY, -1)
+    assert [(row.row, row.ok) for row in late] == [("broken: no time left", None)] * 2 and took.unit == "s"
 
 
 def test_rows_are_on_disk_before_the_next_one_is_measured(tmp_path):

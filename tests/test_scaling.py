@@ -92,18 +92,21 @@ ROWS, LENGTH = 4, 9
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis", "words"),
+    ("shape", "axis", "over", "words"),
     [
-        ((2 * ROWS * LENGTH, 16), 0, "tokens"),
-        ((2 * ROWS, LENGTH, 16), 0, "tokens"),
-        ((24, 16, 20), 0, "all modules"),
-        ((24, 10, 16), 2, "all modules"),
-        ((12, 16, 20), 1, ""),
-        ((ROWS * LENGTH, 24), 1, ""),
+        ((2 * ROWS * LENGTH, 16), 0, "expert", "tokens"),
+        ((2 * ROWS, LENGTH, 16), 0, "fsdp", "tokens"),
+        ((24, 16, 20), 0, "expert", "all modules"),
+        ((24, 8, 20), 0, "expert", "all modules"),  # each still cut over fsdp
+        ((384, 20), 0, "expert", "all modules"),
+        ((24, 10, 16), 2, "expert", "all modules"),
+        ((12, 16, 20), 1, "fsdp", ""),  # a device's own
+        ((ROWS * LENGTH, 24), 1, "expert", ""),
     ],
 )
-def test_what_must_not_be_gathered(shape, axis, words):
-    gather = Collective("all-gather", (shape,), 4, ((0, 1),), axis, 1)
+def test_what_must_not_be_gathered(shape, axis, over, words):
+    groups = {"expert": ((0, 1), (2, 3)), "fsdp": ((0, 2), (1, 3))}[over]
+    gather = Collective("all-gather", (shape,), 4, groups, axis, 1)
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(2, 2, 2))
     found = scaling.forbidden(Reading((gather,), 0, 0, 0), transformer.spec(MODEL, 3), config, ROWS, LENGTH)
     assert words in found and bool(words) == bool(found)
@@ -133,7 +136,7 @@ def test_the_command_on_a_small_network(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XLA_FLAGS", "")
     scaling.main(["--devices", "8", "--json", str(tmp_path / "rows.json")])
     out = capsys.readouterr().out
-    assert "2 × 2 × 2" in out and "not measured" in out
+    assert "2 × 2 × 2" in out and "not measured" in out and "–" in out.split("efficiency")[1].split("Predicted")[0]
     (found,) = json.loads((tmp_path / "rows.json").read_text())
     assert found["devices"] == 8 and found["bytes_sent"]["all-reduce"] > 0 and found["done"] > found["formula"] > 0
 

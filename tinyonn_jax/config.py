@@ -192,9 +192,11 @@ class LearningConfig:
     temperature: float = 0.5
     """msaps: protection's temperature at accuracy zero; smaller protects fewer modules."""
     l2: float = 1e-4
-    """msaps: adaptive decay of prototypes and modules, times their mean norm; 0 turns it off."""
+    """msaps: adaptive decay of prototypes and modules, times their mean norm; 0 turns it off. A part of the gradient: what has no
+    other gradient shrinks at the optimizers' pace, whatever the weight is."""
     renew: float = 1e-4
-    """msaps: modules whose activation rate falls below this get a new prototype; 0 turns it off."""
+    """msaps: modules whose activation rate falls below this get a new prototype; 0 turns it off. The rate is a moving average
+    that starts at one half: at the default a module that nobody uses is made anew after about 850 steps."""
     balance: float = 0.0
     """sars, backprop: weight of a loss that is least when all modules serve as many tokens; 0 turns it off."""
     centre: bool = False
@@ -202,7 +204,8 @@ class LearningConfig:
     pi_alpha: float = 0.1
     """Predictive integrity PI = exp(-alpha (loss / tau + gamma surprise)): alpha."""
     pi_gamma: float = 1.0
-    """Predictive integrity: gamma, the weight of surprise."""
+    """Predictive integrity: gamma, the weight of surprise, which is the gradient of a mean over tokens and so falls with their
+    number: at 1 this part is below a thousandth."""
 
     def __post_init__(self):
         _require_types(self, "learning")

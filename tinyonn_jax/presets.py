@@ -59,7 +59,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         ),
     ),
     "laptop": (
-        "the 178 ARC-AGI-1 training tasks with grids up to 10 x 10; an hour on two CPU cores, dense half of it",
+        "the 178 ARC-AGI-1 training tasks with grids up to 10 x 10; on one CPU core about 80 minutes, dense about 50",
         Config(
             model=ModelConfig(recursion_embedding=True, short_conv=3),
             optim=OptimConfig(lr=1e-2, decay_from=0.02),

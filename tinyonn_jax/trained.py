@@ -21,7 +21,7 @@ from tinyonn_jax.arc.evaluate import evaluate as answer
 from tinyonn_jax.arc.forced import exact_per_recursion, ranked
 from tinyonn_jax.arc.generate import Decoder
 from tinyonn_jax.arc.tasks import Task, load_source, parse_task, read_json
-from tinyonn_jax.config import ConfigError
+from tinyonn_jax.config import ConfigError, EvalConfig, MeshConfig
 from tinyonn_jax.layers import base
 from tinyonn_jax.models import transformer
 from tinyonn_jax.observe.console import Progress
@@ -30,6 +30,7 @@ from tinyonn_jax.runs import CHECKPOINTS, Run, Say
 from tinyonn_jax.stored import plain
 from tinyonn_jax.training import assemble, sharding
 from tinyonn_jax.training.checkpoint import meet, restore_params
+from tinyonn_jax.uses import idle
 
 Which = int | Literal["latest", "best"]
 
@@ -129,6 +130,8 @@ def load(run: Run, checkpoint: Which, say: Say) -> Trained:
     spec = transformer.spec(run.config.model, len(run.sets.tasks))
     like = sharding.abstract(mesh, spec, lambda: base.init(jax.random.key(0), spec))
     params, step = restore_params(run.folder / CHECKPOINTS, like, "ema", checkpoint, say, plain(run.config))
+    for line in idle(run.config, replace(run.config, eval=EvalConfig(), mesh=MeshConfig())):
+        say(line)
     views = run.config.eval.augmentations
     if not run.config.data.augment and views > 1:
         say(f"one view instead of {views}: the network was trained with data.augment false and knows no other")

@@ -56,7 +56,16 @@ def idle(cfg: Config, base: Config) -> list[str]:
     if cfg.learning.rule == "none":
         where |= dict.fromkeys(("optim.meta_lr", "optim.meta_clip"), "with learning.rule none")
     elif model.kind == "dense":
-        where["learning.rule"] = kind
+        taught = ("learning.rule", *(f"learning.{name}" for name in OPTIONS_OF), "optim.meta_lr", "optim.meta_clip")
+        where |= dict.fromkeys(taught, kind)
+    elif not model.neurons:
+        where["learning.neuron_cost"] = kind
+    elif cfg.learning.granularity == "module":
+        where["learning.neuron_cost"] = "with learning.granularity module"
+    if not cfg.learning.protect:
+        where["learning.temperature"] = "with learning.protect false"
+    if cfg.eval.decode != "search":
+        where["eval.min_probability"] = f"with eval.decode {cfg.eval.decode}"
     if cfg.optim.matrices == "adamw":
         where["optim.muon_lr"] = "with optim.matrices adamw"
     if not cfg.data.augment:

@@ -63,10 +63,10 @@ def test_values_gradients_and_taps(kernel, sizes):
         np.testing.assert_array_equal(tapped, untapped)
 
 
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_bfloat16(kernel):
+def test_bfloat16(kernel, sizes):
     x, w, g = numbers(jnp.bfloat16)
-    sizes = SIZES["two empty groups"]
     y, (dx, dw, tap), _, _ = forward_and_back(kernel, x, w, jnp.asarray(sizes), g)
     assert {y.dtype, dx.dtype, dw.dtype} == {jnp.dtype(jnp.bfloat16)} and {tap.rows.dtype, tap.modules.dtype} == {
         jnp.dtype("float32")

@@ -78,7 +78,7 @@ RAGGED = mock.patch.object(jax.lax, "ragged_all_to_all", ragged_all_to_all)
 
 
 @cache
-def program(layer: str, cfg: MeshConfig, split: bool = True, ragged: bool = False):
+def program(layer: str, cfg: MeshConfig, ragged: bool = False):
     """Output and every gradient of a layer, the taps' too, as a function, and its arguments where they lie on the mesh."""
     f, spec, _ = LAYERS[layer]
     mesh = sharding.make_mesh(cfg)
@@ -88,7 +88,7 @@ def program(layer: str, cfg: MeshConfig, split: bool = True, ragged: bool = Fals
             y = f(w, x, r.replace(weight=weight), t)
             return jnp.sum(jnp.tanh(y) * TARGET), y
 
-        layout = sharding.layout(mesh) if split else None
+        layout = sharding.layout(mesh)
         with RAGGED, over(layout and replace(layout, ragged=ragged)):
             (_, y), grads = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(w, x, r.weight, t)
         return y, grads
@@ -118,13 +118,18 @@ def test_output_gradients_and_taps_are_those_of_one_device(layer, mesh, ragged):
         assert np.count_nonzero(want[1][3].module) == {"all tokens on one": 1, "none in use": 0}.get(name, M) or "empty" in name
 
 
-def test_one_device_pays_nothing():
-    """On a mesh of one device the program is, word for word, the one without any layout."""
-    texts = []
-    for split in (True, False):
-        f, arguments = program("mlps", MeshConfig(1), split)
-        texts.append(f.lower(*arguments(LAYERS["mlps"][2]["idle slots"])).as_text())
-    assert texts[0] == texts[1] and "stablehlo.all_" not in texts[0]
+@pytest.mark.parametrize("layer", LAYERS)
+def test_one_device_pays_nothing(layer, monkeypatch):
+    """On a mesh of one device the program is, word for word, the one of layers that call what they compute directly."""
+
+    def lowered() -> str:
+        f, arguments = program.__wrapped__(layer, MeshConfig(1))
+        return f.lower(*arguments(LAYERS[layer][2]["idle slots"])).as_text()
+
+    text = lowered()
+    monkeypatch.setattr(parallel, "run", lambda f, w, axes, x, r, t, send=False: f(w, x, r, t))
+    monkeypatch.setattr(parallel, "fit", lambda r: r)
+    assert lowered() == text and "stablehlo.all_" not in text
 
 
 def test_tokens_that_do_not_divide_are_partitioned_automatically():

@@ -7,7 +7,17 @@ import jax
 import pytest
 
 from tests.models import tiny
-from tinyonn_jax.config import Config, DataConfig, Kind, LearningConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from tinyonn_jax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    Kind,
+    LearningConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from tinyonn_jax.models import transformer
 from tinyonn_jax.uses import FIELDS_OF, idle
 
@@ -57,6 +67,17 @@ def test_fields_that_another_field_leaves_nothing_to_do():
     msaps = told(model=ModelConfig(kind="dense"), learning=LearningConfig(rule="msaps"))
     assert msaps == ["--learning.rule does nothing in a network of kind dense"]
     assert told(model=ModelConfig(kind="dense"), learning=none) == []
+    dense = told(model=ModelConfig(kind="dense"), learning=LearningConfig(balance=1.0), optim=OptimConfig(meta_lr=1.0))
+    assert dense == [f"--{name} does nothing in a network of kind dense" for name in ("learning.balance", "optim.meta-lr")]
+    cost = LearningConfig(neuron_cost="token")
+    assert told(learning=cost) == ["--learning.neuron-cost does nothing in a network of kind dyntrm"]
+    assert told(model=ModelConfig(kind="dfc"), learning=cost) == []
+    by_module = told(model=ModelConfig(kind="dfc"), learning=LearningConfig(neuron_cost="token", granularity="module"))
+    assert by_module == ["--learning.neuron-cost does nothing with learning.granularity module"]
+    free = told(learning=LearningConfig(rule="msaps", protect=False, temperature=0.1))
+    assert free == ["--learning.temperature does nothing with learning.protect false"]
+    assert told(eval=EvalConfig(min_probability=0.5)) == ["--eval.min-probability does nothing with eval.decode greedy"]
+    assert told(eval=EvalConfig(min_probability=0.5, decode="search")) == []
     adamw = told(optim=OptimConfig(matrices="adamw", muon_lr=1.0))
     assert adamw == ["--optim.muon-lr does nothing with optim.matrices adamw"]
     plain = told(data=DataConfig(augment=False, permute_zero=True))

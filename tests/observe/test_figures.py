@@ -49,7 +49,7 @@ def test_active_and_alive_modules_by_hand():
     ]
     figure = core_metrics([{"step": 10 * (i + 1), "layers": layer} for i, layer in enumerate(layers)])
     assert drawn(panel(figure, "Active modules"))["experts"].tolist() == [[10, 2], [20, 1]]
-    assert drawn(panel(figure, "Modules alive"))["experts, of 4"].tolist() == [[10, 3], [20, 1]]
+    assert drawn(panel(figure, "Modules in use"))["experts, of 4"].tolist() == [[10, 3], [20, 1]]
 
 
 def test_panels_without_data_say_so():
@@ -102,7 +102,7 @@ def test_what_blocks_share_is_shown_of_the_last():
     }
     figure = core_metrics([{"step": step, "layers": {"feedforward": layer}} for step in (10, 20)])
     assert drawn(panel(figure, "Active modules"))["experts"].tolist() == [[10, 1], [20, 1]]
-    assert drawn(panel(figure, "Modules alive"))["experts, of 2"].tolist() == [[10, 1], [20, 1]]
+    assert drawn(panel(figure, "Modules in use"))["experts, of 2"].tolist() == [[10, 1], [20, 1]]
     assert drawn(panel(figure, "Routing KL"))["experts"].tolist() == [[10, 0.1], [20, 0.1]]
 
 
@@ -120,7 +120,7 @@ def test_shares_of_many_modules_can_be_read():
 def test_the_first_row_alone_is_a_point_at_its_step():
     figure = core_metrics([{"step": 1, "layers": {"feedforward": {"load": [0.5, 0.5], "active_share": 1.0}}}])
     figure.canvas.draw()
-    for title in ("Active modules", "Modules alive"):
+    for title in ("Active modules", "Modules in use"):
         ax = panel(figure, title)
         assert next(line for line in ax.lines if line.get_label().startswith("experts")).get_marker() == "o"
         assert {label.get_text() for label in ax.get_xticklabels()} <= {"0", "1", "2"}

@@ -85,6 +85,19 @@ def test_neither_tokens_nor_all_modules_are_gathered():
     assert not [s for s in gathered if len(s) == 3 and s[0] in (MODEL.experts, MODEL.latent_heads) and s[0] != tokens // devices]
 
 
+def test_gradients_of_routed_weights_are_scattered_over_fsdp():
+    """Two matrices of the heads, two of the experts; all else is small, or whole on every device."""
+    assert len(re.findall(r" reduce-scatter(?:-start)?\(", step(ALL)[1])) == 4
+
+
+def test_what_finds_no_room_is_counted_in_a_steps_metrics():
+    (_, routings, signals, metrics), _ = step(replace(SENDING, capacity=0.25))
+    dropped, active = routings[FEEDFORWARD].dropped, routings[FEEDFORWARD].active
+    assert 0.5 < metrics["dropped"] < 1
+    np.testing.assert_allclose(metrics["dropped"], dropped.sum() / active.sum(), rtol=1e-6)
+    assert not np.any(np.where(dropped, signals[FEEDFORWARD].param, 0))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -107,9 +107,10 @@ def msaps(
     """The M-SAPS learning rule, for any routed layer; each of its parts can be switched off.
 
     `attract` prototype loss; `regress` gate loss; `protect` protection, at `temperature` τ0 (smaller protects fewer modules);
-    `l2` λ0 of the adaptive decay (0: none); `renew` re-initialises modules whose activation rate, averaged over about 100 steps,
-    is below this while that of another one in the layer is not (0: never). The state `MetaState.rule` holds each module's
-    activation rate, by layer.
+    `l2` λ0 of the adaptive decay (0: none), a part of the gradient as in the seed: optimizers that divide by a gradient's size,
+    as AdamW and Muon do, shrink what has no other gradient at their own pace, whatever λ0 is; `renew` re-initialises modules
+    whose activation rate, a moving average over about 100 steps that starts at `BORN`, is below this while that of another one in
+    the layer is not (0: never). The state `MetaState.rule` holds each module's activation rate, by layer.
     """
 
     def init(params, routings):

@@ -29,6 +29,7 @@ FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("valid_exact", "val grids", percent),
     ("tokens_per_second", "tokens/s", count),
     ("active_share", "active", percent),
+    ("dropped", "dropped", percent),
 )
 
 

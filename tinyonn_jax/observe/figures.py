@@ -172,7 +172,7 @@ def _activation(ax: Axes, rows: Sequence[Row]) -> None:
     legend(ax)
 
 
-def _alive(ax: Axes, rows: Sequence[Row]) -> None:
+def _in_use(ax: Axes, rows: Sequence[Row]) -> None:
     layers = [name for name in layer_names(rows) if len(loads(rows, name)[0])]
     if not layers:
         return empty(ax, NO_LAYERS if rows else NOTHING)
@@ -216,14 +216,14 @@ CORE_PANELS: tuple[tuple[str, Callable[[Axes, Sequence[Row]], None]], ...] = (
     ("Predictive integrity", _integrity),
     ("Surprise and tau", _surprise),
     ("Active modules", _activation),
-    ("Modules alive", _alive),
+    ("Modules in use", _in_use),
     ("Routing KL", _divergence),
     ("Gradient norms", _gradients),
 )
 
 
 def core_metrics(rows: Sequence[Row]) -> Figure:
-    """Losses, accuracies, predictive integrity, surprise and tau, active modules per token, modules alive, KL of
+    """Losses, accuracies, predictive integrity, surprise and tau, active modules per token, modules in use, KL of
     the routing from its prior with the ELBO proxy, gradient norms: 4 x 2 panels."""
     figure = new_figure(10.5, 13)
     axes = figure.subplots(4, 2)
