@@ -57,6 +57,12 @@ class Task:
     train: tuple[Pair, ...]
     test: tuple[Pair, ...]
 
+    @property
+    def visible(self) -> list[Grid]:
+        """The grids that whoever solves the task may see: those of the demonstrations, and the test inputs."""
+        shown = [grid for pair in self.train for grid in (pair.input, pair.output) if grid is not None]
+        return shown + [pair.input for pair in self.test]
+
 
 class Source(NamedTuple):
     """The valid tasks of one source, sorted by id, and what is wrong with the others, one line each, by id."""
