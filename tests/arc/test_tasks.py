@@ -51,6 +51,7 @@ BAD = [
     ([1], "must be an object"),
     ("{", "not JSON (line 1, column 2"),
     ("", "not JSON"),
+    ('{"train": [{"input": [[1]], "input": [[2]]}]}', "input stands twice in one object"),
     ("[" * 100_000, "brackets too deep"),
     ("1" * 5000, "a number too long"),
 ]

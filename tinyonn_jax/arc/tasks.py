@@ -172,10 +172,21 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds.
 
     Raises:
-        DataError: it cannot be read, or is not JSON in UTF-8.
+        DataError: it cannot be read, is not JSON in UTF-8, or one of its objects has a key twice.
     """
+
+    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = {}
+        for key, value in items:
+            if key in found:
+                raise DataError(f"{path}: {show(key)} stands twice in one object; rename or remove one")
+            found[key] = value
+        return found
+
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
