@@ -119,6 +119,7 @@ def test_kaggle(tmp_path):
     ("challenges", "solutions", "message"),
     [
         ([], None, "must hold an object of tasks by id, not a list"),
+        (OPEN, None, "holds one task, not tasks by id; name a folder of such files"),
         ({"a": OPEN}, [], "mine_solutions.json: must hold an object of solutions"),
         ({"a": OPEN}, {}, "mine_solutions.json: task a: must be a list of 2 grids"),
         ({"a": OPEN}, {"a": [[[1]]]}, "mine_solutions.json: task a: must be a list of 2 grids"),

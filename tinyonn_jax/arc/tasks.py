@@ -149,6 +149,8 @@ def _read_kaggle(path: Path) -> _Unparsed:
     data = read_json(path)
     if not isinstance(data, dict):
         raise DataError(f"{path}: must hold an object of tasks by id, not {_kind(data)}")
+    if all(isinstance(data.get(key), list) for key in ("train", "test")):
+        raise DataError(f"{path}: holds one task, not tasks by id; name a folder of such files: {path.parent}")
     beside = path.with_name(path.name.replace("_challenges", "_solutions"))
     solutions = read_json(beside) if beside != path and beside.exists() else None
     if solutions is not None and not isinstance(solutions, dict):
