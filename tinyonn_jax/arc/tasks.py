@@ -82,7 +82,22 @@ def load_source(name: str, split: Split, skip_invalid: bool = False) -> Source:
         skip_invalid: leave invalid tasks out and report them, instead of raising.
 
     Raises:
-        DataError: unknown name, unreadable file, or (without `skip_invalid`) invalid tasks, all of them.
+        DataError: unknown name, unreadable file, no valid task, or (without `skip_invalid`) invalid tasks, all of them.
+    """
+    source = read_source(name, split)
+    tasks, faults = source
+    if faults and not skip_invalid:
+        raise DataError(_invalid(name, list(faults.values()), len(tasks) + len(faults)))
+    if not tasks:
+        raise DataError(f"data.{split}: {name} has no valid task" + (f" ({next(iter(faults.values()))})" if faults else ""))
+    return source
+
+
+def read_source(name: str, split: Split) -> Source:
+    """What a source holds, valid or not; `name` and `split` as for `load_source`.
+
+    Raises:
+        DataError: unknown name, or unreadable file.
     """
     shipped = canonical_name(name, split)
     if shipped in _SHIPPED:
@@ -100,10 +115,6 @@ def load_source(name: str, split: Split, skip_invalid: bool = False) -> Source:
             tasks.append(build())
         except DataError as error:
             faults[key] = str(error)
-    if faults and not skip_invalid:
-        raise DataError(_invalid(name, list(faults.values()), len(tasks) + len(faults)))
-    if not tasks:
-        raise DataError(f"data.{split}: {name} has no valid task" + (f" ({next(iter(faults.values()))})" if faults else ""))
     return Source(sorted(tasks, key=lambda task: task.id), faults)
 
 
