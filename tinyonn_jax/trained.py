@@ -20,7 +20,7 @@ from tinyonn_jax.arc.batches import Batch
 from tinyonn_jax.arc.evaluate import evaluate as answer
 from tinyonn_jax.arc.forced import exact_per_recursion, ranked
 from tinyonn_jax.arc.generate import Decoder
-from tinyonn_jax.arc.tasks import Task, load_source, parse_task, read_json
+from tinyonn_jax.arc.tasks import Task, parse_task, read_json, read_source
 from tinyonn_jax.config import ConfigError, EvalConfig, MeshConfig
 from tinyonn_jax.layers import base
 from tinyonn_jax.models import transformer
@@ -222,7 +222,9 @@ def read_task(run: Run, file: Path, name: str = "") -> Task:
         )
     raw = read_json(file)
     if isinstance(raw, dict) and raw and "train" not in raw and "test" not in raw:
-        source = load_source(str(file), "eval", skip_invalid=True)
+        source = read_source(str(file), "eval")
+        if not source.tasks:
+            name = name or next(iter(source.faults))
         if name in source.faults:  # those of others do not matter
             raise ConfigError(source.faults[name])
         return _named(name, source.tasks, file)

@@ -66,7 +66,7 @@ def test_end_to_end(decode):
     assert found.tasks["unseen"][0].greedy is None and found.tasks["unseen"][0].candidates == ()
     assert found.too_long == () and found.checkpoint == 7 and found.augmentations == 8
     validate_submission(build_submission(found), TASKS)
-    assert build_submission(found)["unseen"] == [{"attempt_1": [[0]], "attempt_2": [[0]]}]
+    assert build_submission(found)["unseen"] == [{"attempt_1": [[3]], "attempt_2": [[3]]}]
     assert score(found)["pass@1"] == pytest.approx({"outputs": 3 / 5, "task_mean": 2 / 4, "tasks": 2 / 4})
 
 
@@ -147,7 +147,7 @@ def test_what_is_too_long_is_reported_and_still_an_entry():
     assert "the prompts of 8 views are longer than the largest bucket (13 tokens)" in found.too_long[0]
     assert "the longest has 14" in found.too_long[0] and "--data.buckets" in found.too_long[0]
     assert "the prompts of 4 views" in found.too_long[1]
-    assert build_submission(found)["large"][1] == {"attempt_1": [[0]], "attempt_2": [[0]]}
+    assert build_submission(found)["large"][1] == dict.fromkeys(("attempt_1", "attempt_2"), [[2] * 3] * 3)
     assert found.tasks["large"][1].greedy is None
     assert found.tasks["large"][2].candidates[0].votes == 4  # of the views that fit
     assert found.tasks["large"][0].candidates[0].votes == 8
@@ -159,5 +159,7 @@ def test_the_cap_cuts_answers_off():
     assert answer_cap(DataConfig(buckets=(64, 200))) == 200
     wide = Task("wide", (Pair(np.zeros((2, 5), np.int8), np.zeros((1, 1), np.int8)),), ())  # of the user's own
     assert answer_cap(DataConfig(max_grid=3, buckets=(64,)), (wide,)) == 31
+    asked = Task("asked", (), (Pair(np.zeros((4, 1), np.int8), np.zeros((1, 6), np.int8)),))
+    assert answer_cap(DataConfig(max_grid=3, buckets=(64,)), (asked,)) == 21, "the input counts, the output is not known"
     assert evaluate(PAINTER, OFFSET, TASKS[:1], IDS, DATA, EVAL, cap=6).tasks["a"][0].greedy is None
     assert evaluate(PAINTER, OFFSET, TASKS[:1], IDS, DATA, EVAL, cap=7).tasks["a"][0].greedy is not None

@@ -115,6 +115,14 @@ def test_audit_counts_scored_pairs_that_are_views_of_training_pairs(turn_in, tur
     assert said.endswith("; test pairs that are training pairs turned or recoloured: 1") == bool(alike)
 
 
+def test_audit_turns_every_pair_once(monkeypatch):
+    turned = []
+    monkeypatch.setattr("tinyonn_jax.arc.sets._form", lambda pair: turned.append(pair) or pair.key)
+    seen, scored = (tuple(Pair(np.array([[c]], np.int8), np.array([[d]], np.int8)) for c in range(1, 6)) for d in (6, 7))
+    audit([Task("t", seen, ())], [Task("s", (), scored)])
+    assert len(turned) == len(seen) + len(scored)
+
+
 def test_audit_catches_leaks():
     def pair(*cells):
         return Pair(*(np.array([[cell]], np.int8) for cell in cells))

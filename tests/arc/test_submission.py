@@ -29,9 +29,9 @@ def colour(c):
 
 
 def prediction(truth, greedy, *candidates):
-    """All grids one cell: their colour, or None."""
+    """All grids one cell: their colour, or None; the input has colour 9."""
     found = tuple(Candidate(colour(c), 3 - i, -1.5 * i) for i, c in enumerate(candidates))
-    return Prediction(colour(0), None if truth is None else colour(truth), None if greedy is None else colour(greedy), found)
+    return Prediction(colour(9), None if truth is None else colour(truth), None if greedy is None else colour(greedy), found)
 
 
 # Solved by pass@1 and pass@2: task a 1 and 3 of 3, task b 1 and 1 of 1, task c 0 and 1 of 2, task d 0 and 0 of 1.
@@ -50,7 +50,7 @@ TASKS = [Task(name, (), tuple(Pair(p.input) for p in entries)) for name, entries
 
 
 def test_submission_by_hand():
-    missing = [[0]]
+    missing = [[9]]  # the input
     assert build_submission(PREDICTIONS) == {
         "a": [
             {"attempt_1": [[1]], "attempt_2": [[2]]},
@@ -122,7 +122,7 @@ def test_save_writes_three_files(tmp_path):
     stored = json.loads((tmp_path / "predictions.json").read_text())
     assert (stored["augmentations"], stored["checkpoint"], stored["too_long"]) == (16, 40, ["task d …"])
     assert stored["tasks"]["a"][1] == {
-        "input": [[0]],
+        "input": [[9]],
         "truth": [[2]],
         "greedy": [[3]],
         "candidates": [
@@ -130,7 +130,7 @@ def test_save_writes_three_files(tmp_path):
             {"grid": [[2]], "votes": 2, "logprob": -1.5, "likelihood": None},
         ],
     }
-    assert stored["tasks"]["d"] == [{"input": [[0]], "truth": [[7]], "greedy": None, "candidates": []}]
+    assert stored["tasks"]["d"] == [{"input": [[9]], "truth": [[7]], "greedy": None, "candidates": []}]
 
 
 def test_predictions_keep_five_candidates():

@@ -51,6 +51,7 @@ BAD = [
     ([1], "must be an object"),
     ("{", "not JSON (line 1, column 2"),
     ("", "not JSON"),
+    ('{"train": [{"input": [[1]], "input": [[2]]}]}', "input stands twice in one object"),
     ("[" * 100_000, "brackets too deep"),
     ("1" * 5000, "a number too long"),
 ]
@@ -118,6 +119,7 @@ def test_kaggle(tmp_path):
     ("challenges", "solutions", "message"),
     [
         ([], None, "must hold an object of tasks by id, not a list"),
+        (OPEN, None, "holds one task, not tasks by id; name a folder of such files"),
         ({"a": OPEN}, [], "mine_solutions.json: must hold an object of solutions"),
         ({"a": OPEN}, {}, "mine_solutions.json: task a: must be a list of 2 grids"),
         ({"a": OPEN}, {"a": [[[1]]]}, "mine_solutions.json: task a: must be a list of 2 grids"),

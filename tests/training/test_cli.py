@@ -177,6 +177,10 @@ def test_a_file_of_ones_own_for_a_run_that_takes_it(tmp_path):
     ):
         with pytest.raises(ConfigError, match=says):
             trained.read_task(run, several, name)
+    several.write_text(json.dumps({"c": bad}))
+    for name, says in (("", "task c, train"), ("c", "task c, train"), ("d", "^task d is not in .*several_challenges.json")):
+        with pytest.raises(ConfigError, match=says):
+            trained.read_task(run, several, name)
     with pytest.raises(ValueError, match="12 is no colour"):
         trained.read_task(run, tasks / "bad.json")
     with pytest.raises(ConfigError, match="holds one task, good: leave out --task other"):

@@ -67,8 +67,7 @@ def views(task: Task, n: int, seed: int, permute_zero: bool = False) -> list[Aug
     """
     rng = np.random.default_rng((seed, zlib.crc32(task.id.encode())))
     free = np.flatnonzero(free_colours(task.train, permute_zero))
-    visible = [grid for pair in task.train for grid in (pair.input, pair.output) if grid is not None]
-    used = np.flatnonzero(_used(visible + [pair.input for pair in task.test]))
+    used = np.flatnonzero(_used(task.visible))
     recolourings = math.perm(len(free), len(np.intersect1d(free, used)))
     turns = [0, *rng.permutation(np.arange(1, DIHEDRALS)).tolist()]
     found = {(0, tuple(used.tolist())): Augmentation()}

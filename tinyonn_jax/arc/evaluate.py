@@ -35,11 +35,10 @@ class _Work(NamedTuple):
 def answer_cap(data: DataConfig, tasks: Iterable[Task] = ()) -> int:
     """Tokens that an answer may have: those of a square grid and its END, at most the longest bucket.
 
-    Its side is `max_grid` (else 30), or that of the largest demonstration of `tasks`, where one is larger. An answer longer than
-    every bucket is longer than any sequence the model was trained on.
+    Its side is `max_grid` (else 30), or that of the largest demonstration or test input of `tasks`, where one is larger. An
+    answer longer than every bucket is longer than any sequence the model was trained on.
     """
-    shown = (max(grid.shape) for task in tasks for pair in task.train for grid in (pair.input, pair.output) if grid is not None)
-    side = max([data.max_grid or MAX_SIDE, *shown])
+    side = max([data.max_grid or MAX_SIDE, *(max(grid.shape) for task in tasks for grid in task.visible)])
     return min(side * (side + 1) + 1, data.buckets[-1])
 
 

@@ -199,11 +199,10 @@ def _test_pairs(evaluation: Iterable[Task]) -> set[tuple]:
 
 def _turned(trained: Iterable[Pair], scored: Iterable[Pair]) -> int:
     """How many of the scored pairs are trained ones, up to a dihedral transform and a permutation of the colours but 0."""
-    outlines = {}
-    for pair in trained:
-        outlines.setdefault(_outline(pair), []).append(pair)
     known = [pair for pair in scored if pair.output is not None]
-    return sum(_form(pair) in map(_form, outlines.get(_outline(pair), ())) for pair in known)
+    outlines = set(map(_outline, known))
+    forms = {_form(pair) for pair in trained if _outline(pair) in outlines}
+    return sum(_form(pair) in forms for pair in known)
 
 
 def _outline(pair: Pair) -> tuple:

@@ -78,11 +78,11 @@ def to_json(predictions: Predictions) -> str:
 
 
 def build_submission(predictions: Predictions) -> dict[str, list[dict[str, list]]]:
-    """Two attempts for every test input of every task, in order; where the vote has fewer, a single black cell stands in."""
+    """Two attempts for every test input of every task, in order; where the vote has fewer, the input, never right, stands in."""
 
     def entry(prediction: Prediction) -> dict[str, list]:
-        grids = [candidate.grid.tolist() for candidate in prediction.candidates]
-        return dict(zip(ATTEMPTS, [*grids, [[0]], [[0]]], strict=False))
+        grids = [candidate.grid for candidate in prediction.candidates] + [prediction.input] * len(ATTEMPTS)
+        return {attempt: grid.tolist() for attempt, grid in zip(ATTEMPTS, grids, strict=False)}
 
     return {name: [entry(p) for p in entries] for name, entries in predictions.tasks.items()}
 

@@ -57,6 +57,12 @@ class Task:
     train: tuple[Pair, ...]
     test: tuple[Pair, ...]
 
+    @property
+    def visible(self) -> list[Grid]:
+        """The grids that whoever solves the task may see: those of the demonstrations, and the test inputs."""
+        shown = [grid for pair in self.train for grid in (pair.input, pair.output) if grid is not None]
+        return shown + [pair.input for pair in self.test]
+
 
 class Source(NamedTuple):
     """The valid tasks of one source, sorted by id, and what is wrong with the others, one line each, by id."""
@@ -76,7 +82,22 @@ def load_source(name: str, split: Split, skip_invalid: bool = False) -> Source:
         skip_invalid: leave invalid tasks out and report them, instead of raising.
 
     Raises:
-        DataError: unknown name, unreadable file, or (without `skip_invalid`) invalid tasks, all of them.
+        DataError: unknown name, unreadable file, no valid task, or (without `skip_invalid`) invalid tasks, all of them.
+    """
+    source = read_source(name, split)
+    tasks, faults = source
+    if faults and not skip_invalid:
+        raise DataError(_invalid(name, list(faults.values()), len(tasks) + len(faults)))
+    if not tasks:
+        raise DataError(f"data.{split}: {name} has no valid task" + (f" ({next(iter(faults.values()))})" if faults else ""))
+    return source
+
+
+def read_source(name: str, split: Split) -> Source:
+    """What a source holds, valid or not; `name` and `split` as for `load_source`.
+
+    Raises:
+        DataError: unknown name, or unreadable file.
     """
     shipped = canonical_name(name, split)
     if shipped in _SHIPPED:
@@ -94,10 +115,6 @@ def load_source(name: str, split: Split, skip_invalid: bool = False) -> Source:
             tasks.append(build())
         except DataError as error:
             faults[key] = str(error)
-    if faults and not skip_invalid:
-        raise DataError(_invalid(name, list(faults.values()), len(tasks) + len(faults)))
-    if not tasks:
-        raise DataError(f"data.{split}: {name} has no valid task" + (f" ({next(iter(faults.values()))})" if faults else ""))
     return Source(sorted(tasks, key=lambda task: task.id), faults)
 
 
@@ -143,6 +160,8 @@ def _read_kaggle(path: Path) -> _Unparsed:
     data = read_json(path)
     if not isinstance(data, dict):
         raise DataError(f"{path}: must hold an object of tasks by id, not {_kind(data)}")
+    if all(isinstance(data.get(key), list) for key in ("train", "test")):
+        raise DataError(f"{path}: holds one task, not tasks by id; name a folder of such files: {path.parent}")
     beside = path.with_name(path.name.replace("_challenges", "_solutions"))
     solutions = read_json(beside) if beside != path and beside.exists() else None
     if solutions is not None and not isinstance(solutions, dict):
@@ -166,10 +185,21 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds.
 
     Raises:
-        DataError: it cannot be read, or is not JSON in UTF-8.
+        DataError: it cannot be read, is not JSON in UTF-8, or one of its objects has a key twice.
     """
+
+    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = {}
+        for key, value in items:
+            if key in found:
+                raise DataError(f"{path}: {show(key)} stands twice in one object; rename or remove one")
+            found[key] = value
+        return found
+
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
