@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.layers.naive import hand_made
 from tinyonn_jax.layers import base, spl, tap
-from tinyonn_jax.layers.routing import RouterConfig, drln, given
+from tinyonn_jax.layers.routing import Router, RouterConfig, drln, given
 from tinyonn_jax.learning.msaps import (
     BORN,
     anchors,
@@ -87,6 +88,38 @@ def test_proto_surprise_is_the_norm_of_the_prototype_gradient():
     np.testing.assert_allclose(shaped["total"], norm / norm.max(), atol=1e-5)
 
 
+def test_a_layer_by_hand():
+    """Of one that some tokens pad and module 2 serves none of: it has no anchor, no sign, and no say in the quantiles."""
+    rng = np.random.default_rng(3)
+    active = rng.random((N, M)) < 0.4
+    active[:, 2], valid = False, np.arange(N) < N // 2
+    active &= valid[:, None]
+    index = np.broadcast_to(np.arange(M), (N, M))
+    routing = hand_made(index, active, active, M, D, valid)
+    router = Router(*(jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((M, D), (M,))))
+    surprise = np.array([0.5, 0.1, 0.0, 0.4, 0.2, 0.3])
+    slots = jnp.zeros((N, M))
+    found = shape(router, routing, Signals(slots, slots, slots, jnp.zeros(M), jnp.asarray(surprise, jnp.float32)))
+
+    x, proto = np.asarray(routing.input, np.float64), np.asarray(router.proto, np.float64)
+    used, rate = active.any(0), active.sum() / (valid.sum() * M)
+    low, high = (np.quantile(surprise[used], q) for q in (rate, 1 - rate))
+    assert 0.25 < rate < 0.5
+    anchor, sign, match, total = np.zeros((M, D)), np.zeros(M), np.zeros(M), np.zeros(M)
+    for m in np.flatnonzero(used):
+        anchor[m] = x[active[:, m]].mean(0)
+        sign[m] = float(surprise[m] > high) - float(surprise[m] < low)
+        p, a = np.linalg.norm(proto[m]), np.linalg.norm(anchor[m])
+        match[m] = proto[m] @ anchor[m] / (p * a)
+        slope = sign[m] * (anchor[m] / (p * a) - match[m] * proto[m] / p**2)
+        total[m] = surprise[m] + np.linalg.norm(slope)
+    np.testing.assert_allclose(anchors(routing)[0], anchor, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found["sign"], sign)
+    np.testing.assert_allclose(found["total"], total / total.max(), rtol=1e-5, atol=1e-6)
+    assert float(found["proto"]) == pytest.approx(np.sum(sign * match), rel=1e-5)
+    assert {-1, 0, 1} == set(sign[used])
+
+
 @partial(jax.jit, static_argnames="local")
 def cluster_run(local: bool):
     """Four prototypes on two clusters of inputs, all good; cosine of each prototype with both centres after 60 steps."""
@@ -126,6 +159,8 @@ def test_protected_prototypes_move_less_also_among_thousands():
     moved = jnp.linalg.norm(after.router.proto, axis=-1)
     assert moved[0] == 0 and (jnp.diff(moved) > 0).all()
     assert after.modules is updates.modules
+    later = msaps().restrain(updates, params, {}, {}, state(params, accuracy=0.9))
+    assert (later.router.proto[1:] > after.router.proto[1:]).all()
     assert msaps(protect=False).restrain(updates, params, {}, {}, state(params)) is updates
     assert msaps(l2=0.0).adjust(updates, params, {}, {}, state(params)) is updates
 
@@ -200,6 +235,15 @@ def test_the_dead_are_reborn_near_the_living():
     np.testing.assert_array_equal(after.router.proto, params.router.proto)
     assert not dead[""].any() and not new.rule[""].any()
     assert msaps(renew=0.0).renew is None
+
+
+def test_activation_rates_follow_the_batches():
+    params, routing, _ = setup()
+    routing = replace(routing, valid=jnp.arange(N) < N // 2, active=routing.active & (jnp.arange(N) < N // 2)[:, None], load=None)
+    new = msaps().update(replace(state(params), rule={"": jnp.linspace(0, 1, M)}), {"": routing}, {}, {})
+    now = np.asarray(routing.active).sum(0) / (N // 2)
+    assert 0 < now.min() < now.max() < 1
+    np.testing.assert_allclose(new.rule[""], 0.99 * np.linspace(0, 1, M) + 0.01 * now, rtol=1e-5)
 
 
 def test_every_part_can_be_switched_off():

@@ -1,7 +1,7 @@
 """SARS against float64 loops and finite differences, for both granularities and both signs."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import flax.struct
@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.layers.naive import make
 from tinyonn_jax.layers import routing as routes
+from tinyonn_jax.layers import spl, tap
 from tinyonn_jax.layers.routing import Router, RouterConfig, Routing
+from tinyonn_jax.learning import signals as surprise
 from tinyonn_jax.learning.sars import Granularity, goodness, imbalance, sars
 from tinyonn_jax.learning.signals import Signals
 
@@ -43,14 +46,14 @@ def example(seed=5):
     return router, routing, Signals(slots(), slots(), slots(), modules(), modules())
 
 
-def naive_goodness(routing, signals, granularity):
+def naive_goodness(routing, signals, granularity, neuron_cost="module"):
     """importance × (belief − cost), each over its largest magnitude among the modules of the group; loops, float64."""
-    logits, index, active = (np.asarray(a) for a in (routing.logits, routing.index, routing.active))
-    good = np.zeros((N, M))
-    per = M // G
-    for n in range(N):
-        uses = {index[n, k]: k for k in range(K) if active[n, k]}
-        for group in range(G):
+    logits, index, active = (np.asarray(a) for a in (routing.logits, routing.slots, routing.active))
+    (tokens, slots), modules, per = active.shape, logits.shape[1], routing.config.per_group
+    good = np.zeros(logits.shape)
+    for n in range(tokens):
+        uses = {index[n, k]: k for k in range(slots) if active[n, k]}
+        for group in range(modules // per):
             members = range(group * per, (group + 1) * per)
             importance, cost, belief = np.zeros(per), np.zeros(per), logits[n, members].astype(np.float64)
             for i, m in enumerate(members):
@@ -58,9 +61,11 @@ def naive_goodness(routing, signals, granularity):
                     importance[i], cost[i] = signals.module_output[m], signals.module_param[m]
                 elif m in uses:
                     importance[i], cost[i] = signals.attribution[n, uses[m]], signals.param[n, uses[m]]
+                if routing.index is None and neuron_cost == "module":
+                    cost[i] = signals.module_param[m]
             importance, cost, belief = (v / (np.abs(v).max() or 1.0) for v in (importance, cost, belief))
             for i, m in enumerate(members):
-                anyone = any(active[i2, k] and index[i2, k] == m for i2 in range(N) for k in range(K))
+                anyone = any(active[i2, k] and index[i2, k] == m for i2 in range(tokens) for k in range(slots))
                 if anyone if granularity == "module" else m in uses:
                     good[n, m] = importance[i] * (belief[i] - cost[i])
     return good
@@ -114,6 +119,42 @@ def test_one_slot_a_group_is_judged_by_the_batch():
     np.testing.assert_array_equal(good, judged(single, less(signals), "module"))
     other = replace(signals, module_param=signals.module_param[::-1])
     assert np.any(good > 0) and np.any(good < 0) and not np.allclose(good, judged(single, less(other), "token"))
+
+
+@cache
+def neurons():
+    """A layer of routed neurons on tokens of which one is padding, the gradients of a loss, its routing and its signals."""
+    cfg = spl.Config(D, RouterConfig(M, 0, select="hard"))
+    params, x = make(spl.spec(cfg)), jnp.asarray(np.random.default_rng(2).normal(size=(N, D)), jnp.float32)
+
+    def loss(params, taps):
+        y, routing = spl.apply(params, x, cfg, valid=np.arange(N) != 2, tap=taps)
+        return jnp.sum(jnp.sin(3 * y)), routing
+
+    empty = tap.zeros(jax.eval_shape(loss, params, None)[1])
+    (grads, tapped), routing = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, empty)
+    return grads, routing, surprise.read({"": tapped}, {"": routing})[""]
+
+
+def test_neurons_cost_what_their_rows_do_or_what_each_token_does():
+    _, routing, signals = neurons()
+    judged = jax.jit(goodness, static_argnums=(2, 3))
+    by_row, by_token = (np.asarray(judged(routing, signals, "token", c)) for c in GRANULARITIES)
+    for got, cost in ((by_row, "module"), (by_token, "token")):
+        want = naive_goodness(routing, signals, "token", cost)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+        assert np.any(want > 0) and np.any(want < 0)
+    assert np.abs(by_row - by_token).max() > 0.1
+
+
+def test_the_goodness_gate_stops_the_neurons_that_are_not_good():
+    grads, routing, signals = neurons()
+    gated = jax.jit(lambda g: sars(goodness_gate=True).adjust(g, g, {"": routing}, {"": signals}, META))(grads)
+    good = naive_goodness(routing, signals, "token")[np.asarray(routing.valid)].mean(0) > 0
+    assert 0 < good.sum() < M
+    np.testing.assert_array_equal(gated.modules.mu, np.where(good[:, None], grads.modules.mu, 0))
+    np.testing.assert_array_equal(gated.modules.bias, np.where(good, grads.modules.bias, 0))
+    assert np.all(np.any(grads.modules.mu, -1)) and np.all(grads.modules.bias)
 
 
 def compiled(granularity: Granularity, sign: Literal["bayes", "reinforce"], **options):

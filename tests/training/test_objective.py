@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from inspect import signature
 from typing import get_args
 
 import jax
@@ -13,6 +14,7 @@ from tests.models import tiny
 from tinyonn_jax.config import Config, ConfigError, LearningConfig, RuleName
 from tinyonn_jax.learning import none
 from tinyonn_jax.models import transformer
+from tinyonn_jax.training import objective
 from tinyonn_jax.training.objective import make_loss, make_rule, measure, token_losses
 from tinyonn_jax.uses import OPTIONS_OF, under
 
@@ -82,6 +84,26 @@ def test_the_rule_decides_whether_the_main_loss_reaches_the_routers(name, isolat
 def test_configurations_name_their_rules(name):
     rule = make_rule(Config(learning=LearningConfig(rule=name)))
     assert rule.objective.__qualname__.startswith(f"{name}.")
+
+
+@pytest.mark.parametrize("name", ["sars", "msaps", "backprop"])
+def test_every_option_reaches_its_rule_as_it_is_set(name, monkeypatch):
+    given, rule = {}, getattr(objective, name)
+
+    def recorded(*args, **options):
+        given.update(signature(rule).bind(*args, **options).arguments)
+        return rule(*args, **options)
+
+    monkeypatch.setattr(objective, name, recorded)
+    others = {"granularity": "module", "prior_sign": "bayes", "neuron_cost": "token"}
+    default, changed = LearningConfig(rule=name), {}
+    for option in (option for option, owners in OPTIONS_OF.items() if name in owners):
+        value = getattr(default, option)
+        changed[option] = (
+            others[option] if option in others else not value if isinstance(value, bool) else value + len(changed) + 1
+        )
+    make_rule(Config(learning=dataclasses.replace(default, **changed)))
+    assert given == changed
 
 
 @pytest.mark.parametrize(
