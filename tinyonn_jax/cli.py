@@ -240,8 +240,11 @@ def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if distributed:
         count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-        if index == "0":
-            _require_free(os.environ.get("JAX_COORDINATOR_ADDRESS", ""))
+        address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+        if address and not address.rpartition(":")[2].isdecimal():
+            raise ConfigError(f"--distributed: JAX_COORDINATOR_ADDRESS must be HOST:PORT, got {address}")
+        if address and index == "0":
+            _require_free(address)
         try:
             jax.distributed.initialize(
                 num_processes=int(count) if count else None,
@@ -265,7 +268,7 @@ def _require_free(address: str) -> None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that just ended still has connections there
             probe.bind(("", int(port)))
-    except ValueError:  # for JAX to say
+    except OverflowError:  # for JAX to say
         pass
     except OSError as error:
         if error.errno == errno.EADDRINUSE:

@@ -11,6 +11,7 @@ import json
 import platform
 import shlex
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tinyonn_jax import __version__
@@ -183,6 +185,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _train(run: Run, started: float | None, profile: int) -> None:
     folder, config, sets = run.folder, run.config, run.sets
+    _agree(config)
     mesh = sharding.make_mesh(config.mesh)
     process, feeding = jax.process_index(), sharding.feeding(mesh)
     course = _course(run, feeding, mesh)
@@ -336,6 +339,16 @@ class _Silent:
 
 def _skipped(sets: TaskSets) -> list[str]:
     return [f"{sets.skipped} invalid tasks skipped"] if sets.skipped else []
+
+
+def _agree(config: Config) -> None:
+    """Raises ConfigError, in every process of a run, if they were started with different options: they would train apart."""
+    if jax.process_count() == 1:
+        return
+    meet("options")
+    mine = np.uint32(zlib.crc32(to_json(config).encode()))
+    if len(np.unique(multihost_utils.process_allgather(mine))) > 1:
+        raise ConfigError("the processes of this run were started with different options: give all of them the same command")
 
 
 def _idle(run: Run) -> list[str]:

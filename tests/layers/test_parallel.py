@@ -144,6 +144,22 @@ def test_tokens_that_do_not_divide_are_partitioned_automatically():
     np.testing.assert_allclose(jax.jit(run)(w, x, r), mlps(w, x, r, None), rtol=1e-5, atol=1e-6)
 
 
+def test_modules_that_do_not_divide_are_partitioned_automatically():
+    specs = (Param((6, *p.shape[1:]), p.axes, zeros) for p in MLPS)
+    w, rng = make(tuple(specs)), np.random.default_rng(1)
+    r = hand_made(rng.integers(0, 6, (N, 2)), rng.normal(size=(N, 2)), np.ones((N, 2), bool), 6, D)
+
+    def surprise(cfg: MeshConfig):
+        def loss(t):
+            with over(sharding.layout(sharding.make_mesh(cfg))):
+                return jnp.sum(jnp.tanh(mlps(w, X, r, t)) * TARGET)
+
+        return jax.jit(jax.grad(loss))(tap.zeros(r))
+
+    for got, want in zip(jax.tree.leaves(surprise(MeshConfig(2, 1, 4))), jax.tree.leaves(surprise(MeshConfig(1))), strict=True):
+        np.testing.assert_allclose(got, want, 0, 1e-5 * np.max(want))
+
+
 def test_a_part_of_a_routing_by_hand():
     whole = hand_made([[0, 2], [3, 1]], [[0.1, 0.2], [0.3, 0.4]], [[True, True], [True, False]], 4)
     mine = routing.part(whole, jnp.int32(2), 2)

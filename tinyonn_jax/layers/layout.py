@@ -42,7 +42,10 @@ _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 @contextmanager
 def over(layout: Layout | None) -> Iterator[None]:
-    """What is traced within (or by a function decorated with it) runs over `layout`; None: as on one device."""
+    """What is traced within (or by a function decorated with it) runs over `layout`; None: as on one device.
+
+    `jax.jit` traces a function once for arguments of one kind: what it has traced before stays on the layout of then.
+    """
     token = _layout.set(layout)
     try:
         yield

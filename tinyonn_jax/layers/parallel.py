@@ -40,7 +40,7 @@ def run(
 ) -> Float[Array, "N *O"]:
     """f(w, x, routing, tap), which must be zero where a token has no active slot, for it is added up over the modules.
 
-    `axes` are the logical axes of the weights, the module axis first. Where the tokens do not divide by the devices, f is
+    `axes` are the logical axes of the weights, the module axis first. Where tokens or modules do not divide by the devices, f is
     partitioned automatically: the same numbers, more slowly. `send`: tokens travel, not modules, where one of them must; f must
     then be a sum over slots times their weights, of x `[N,I]`, and the routing come from `fit`.
 
@@ -54,6 +54,8 @@ def run(
 
     splits = [layout.split(names, leaf.shape) for names, leaf in zip(axes, w, strict=True)]
     over_modules = splits[0][0]
+    if over_modules is None:
+        return f(w, x, routing, tap)
     own = NamedSharding(layout.mesh, splits[0]).shard_shape(w[0].shape)[0]
     meet = _meet(tokens, over_modules)
     if meet and send and routing.dropped is None:

@@ -282,8 +282,11 @@ def _damage(path: Path) -> str:
     try:
         json.loads((path / "_CHECKPOINT_METADATA").read_text())
         written, there = json.loads((path / _CHECKSUMS).read_text()), _checksums(path)
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return "it is empty or incomplete"
+    except OSError as error:  # nothing is known of the checkpoint then
+        file = error.filename or path
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); mend that, then start again") from None
     changed = [name for name in written if written[name] != there.get(name)]
     return f"{changed[0]} is {'damaged' if changed[0] in there else 'missing'}" if changed else ""
 

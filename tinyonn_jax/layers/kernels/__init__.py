@@ -45,7 +45,7 @@ def blocks(
     first `skip` rows of every module are in none.
     """
     ends, rest = jnp.cumsum(sizes), jnp.maximum(sizes - skip, 0)
-    own = lax.div(rest + (block - 1), block)
+    own = lax.div(rest + (block - 1), jnp.asarray(block, rest.dtype))
     last, i = jnp.cumsum(own), jnp.arange(pairs // block + sizes.shape[0])
     m = jnp.minimum(jnp.searchsorted(last, i, side="right", method="compare_all"), sizes.shape[0] - 1)
     first = (ends - rest + (own - last) * block)[m] + i * block
