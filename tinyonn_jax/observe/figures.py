@@ -289,7 +289,7 @@ def _snapshot(routing: Routing, layer: str, what: str) -> np.ndarray | None:
 
 
 def _measured(rows: Sequence[Row], routing: Routing, layer: str) -> bool:
-    """Whether the rule reports goodness: it may be zero for all modules of a batch, and snapshots have zeros where there is none."""
+    """Whether the rule reports goodness: it may be zero for all modules of a batch; snapshots have zeros where there is none."""
     logged = any("goodness" in row.get("layers", {}).get(layer, {}) for row in rows)
     return logged or bool(np.any(_snapshot(routing, layer, "goodness")))
 
