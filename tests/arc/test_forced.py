@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.arc.test_evaluate import DATA, EVAL, IDS, TASKS, plain
+from tests.arc.test_evaluate import DATA, EVAL, IDS, TASKS, plain, task
 from tinyonn_jax.arc import generate, tokens
 from tinyonn_jax.arc.augment import Augmentation, views
 from tinyonn_jax.arc.batches import Batch, Query, prompts
@@ -185,3 +185,35 @@ def test_processes_share_the_scoring():
     assert [c.likelihood for c in together.tasks["k"][0].candidates] == [c.likelihood for c in alone.tasks["k"][0].candidates]
     assert [c.votes for c in together.tasks["k"][0].candidates] == [3, 2, 4]
     assert (together.augmentations, together.checkpoint, together.sequences) == (8, 7, 3)
+
+
+@pytest.mark.parametrize("blank", [False, True])
+@pytest.mark.parametrize("permute_zero", [False, True])
+def test_every_view_hears_each_finalist_as_the_answer_to_its_own_input(blank, permute_zero):
+    """Of two tasks with two inputs each: the task's embedding, the input and the candidate, in the views of this seed."""
+    tasks, shown = [*TASKS[:1], task("b", (1, 1, 6), (2, 1, 7))], set()
+    claims = {"a": [[[1]], [[2], [2]]], "b": [[[3, 3]], [[4, 4], [4, 4]]]}
+    told = Predictions(
+        {
+            name: tuple(Prediction(plain(1, 1, 4), None, None, (candidate(2, *grid), candidate(1, [9]))) for grid in grids)
+            for name, grids in claims.items()
+        },
+        *(8, 7, (), 3),
+    )
+
+    def listen(batch):
+        for row, (prefix, length) in enumerate(zip(batch.prefix, batch.length, strict=True)):
+            sequence = bytes(batch.tokens[row, :length])
+            shown.add((int(batch.task[row]), int(batch.dihedral[row]), int(prefix), sequence))
+        return opinion(batch)
+
+    data = DataConfig(max_grid=3, buckets=(16,), permute_zero=permute_zero)
+    ranked(told, listen, tasks, IDS, data, EvalConfig(augmentations=8, batch=4, finalists=2, blank_task=blank), seed=3)
+    want = set()
+    for number, one in enumerate(tasks):
+        for view in views(one, 8, 3, permute_zero):
+            for pair, grid in zip(one.test, claims[one.id], strict=True):
+                for answer in (grid, [[9]]):
+                    text = tokens.encode((), view.apply(pair.input), view.apply(np.array(answer, np.int8)))
+                    want.add((-1 if blank else number, view.dihedral, text.prefix, bytes(text.tokens.astype(np.int32))))
+    assert {key for key in shown if key[3]} == want and len(want) > 32
