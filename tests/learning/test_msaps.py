@@ -121,17 +121,16 @@ def test_a_layer_by_hand():
 
 
 @partial(jax.jit, static_argnames="local")
-def cluster_run(local: bool):
-    """Four prototypes on two clusters of inputs, all good; cosine of each prototype with both centres after 60 steps."""
+def cluster_run(local: bool, gate: float = 0.5):
+    """Four prototypes near two clusters of inputs, all good; cosine of each prototype with both centres after 60 steps."""
     centres = jnp.array([[1.0, 0, 0, 0, 0], [0, 1.0, 0, 0, 0]])
     x = jnp.repeat(centres, N // 2, 0) + 0.05 * jax.random.normal(jax.random.key(0), (N, D))
     proto = jnp.repeat(centres, 2, 0) + 0.2 * jax.random.normal(jax.random.key(1), (4, D))
     cfg = spl.Config(D, RouterConfig(4, 0, select="hard"))
     params = base.init(jax.random.key(2), spl.spec(cfg))
-    gate = jnp.full(4, 0.5)
 
     def step(_, proto):
-        routing = spl.apply(params.replace(router=params.router.replace(proto=proto, gate=gate)), x, cfg)[1]
+        routing = spl.apply(params.replace(router=params.router.replace(proto=proto, gate=jnp.full(4, gate))), x, cfg)[1]
         anchor = anchors(routing)[0] if local else jnp.broadcast_to(x.mean(0), (4, D))
         return proto + 0.1 * jax.grad(lambda p: jnp.sum(cosine(p, anchor)))(proto)
 
@@ -143,6 +142,12 @@ def test_local_anchors_separate_two_clusters_and_one_global_anchor_does_not():
     apart, together = np.asarray(cluster_run(local=True)), np.asarray(cluster_run(local=False))
     assert np.argmax(apart, -1).tolist() == [0, 0, 1, 1] and (apart.max(-1) - apart.min(-1)).min() > 0.6
     assert (together.max(-1) - together.min(-1)).max() < 0.3
+
+
+def test_without_a_threshold_local_anchors_do_not_separate_either():
+    """Tokens of the other cluster match a little, too, and that activates: every anchor drifts to the mean of all."""
+    apart = np.asarray(cluster_run(local=True, gate=0.0))
+    assert (apart.max(-1) - apart.min(-1)).max() < 0.3
 
 
 def test_protected_prototypes_move_less_also_among_thousands():

@@ -73,20 +73,21 @@ def test_validation_agrees_with_the_evaluation_and_with_a_loop(data):
     assert found["valid_acc"] == pytest.approx(np.mean(right))
 
 
-@pytest.mark.parametrize("kind", ["dyntrm", "dfc"])
-def test_prototypes_from_the_first_batch(data, kind):
+@pytest.mark.parametrize(("kind", "recursed"), [("dyntrm", True), ("dfc", True), ("dfc", False)])
+def test_prototypes_from_the_first_batch(data, kind, recursed):
     """Each is the input that some token brings to its router (there, with the prototypes of the blocks before as they were)."""
     sets, dataset = data
     config = smoke(kind)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, data_init=True))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, data_init=True, recursed=recursed, prc=False))
     batch = batch_at(dataset, 0, 0)
     program = assemble.assemble(config, sharding.make_mesh(MeshConfig(data=1)), len(sets.tasks), batch)
     params = base.init(jax.random.key(0), program.spec)
     routings = jax.jit(lambda p, b: transformer.apply(p, b, config.model).routings)(params, batch)
     for name, router in routers(program.initial().params).items():
-        inputs = np.asarray(routings[name].input)[np.asarray(routings[name].valid)]
-        nearest = np.abs(np.asarray(router.proto)[:, None] - inputs).max(-1).min(-1)
-        assert nearest.max() < 1e-5
+        proto, x, valid = map(np.asarray, (router.proto, routings[name].input, routings[name].valid))
+        for block in range(len(proto)) if proto.ndim == 3 else [...]:  # of stacked blocks each from its own
+            nearest = np.abs(proto[block][:, None] - x[block][valid[block]]).max(-1).min(-1)
+            assert nearest.max() < 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -290,7 +290,8 @@ def data_init(router: Router, routing: Routing, key: Array) -> Router:
     """The router with the inputs of random valid tokens as prototypes, so that every module starts near some of the data.
 
     No two are equal while there are other inputs: of modules with equal prototypes the first would win every token. `routing` is
-    one that this router made; with blocks of their own both have a leading axis L.
+    one that this router made; with blocks of their own both have a leading axis L, and prototype residual
+    connections refine them after.
     """
 
     def one(key, proto, x, valid):

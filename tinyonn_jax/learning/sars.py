@@ -36,6 +36,8 @@ from tinyonn_jax.learning.signals import Signals
 
 Granularity = Literal["module", "token"]
 TINY = 1e-12
+ROUNDING = 1e-6
+"""Surprise below this share of the batch's largest is no more than the rounding of what it is the difference of."""
 
 
 def _competing(values: Float[Array, "*R M"], routing: Routing) -> Float[Array, "*R G P"]:
@@ -62,8 +64,14 @@ def goodness(
         if routing.index is None and neuron_cost == "module":
             cost = signals.module_param[..., None, :]
     importance, cost, used = (_competing(v, routing) for v in (importance, cost, used))
-    good = jnp.where(used, drln(importance) * (belief - drln(cost)), 0.0)
+    good = jnp.where(used, _relative(importance) * (belief - drln(cost)), 0.0)
     return stop_gradient(good.reshape(*good.shape[:-2], -1))
+
+
+def _relative(importance: Float[Array, "*R N G S"]) -> Float[Array, "*R N G S"]:
+    """DRLN with an ε at which the batch's largest rounds: a token that pulls on nothing has but rounding errors to compare."""
+    peak = jnp.max(importance, -1, keepdims=True) + ROUNDING * jnp.max(importance)
+    return importance / jnp.where(peak > 0, peak, 1.0)
 
 
 def _judged(routing: Routing, granularity: Granularity) -> Granularity:

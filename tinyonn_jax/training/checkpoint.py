@@ -274,7 +274,15 @@ def _checksums(path: Path) -> dict[str, int]:
     """The CRC-32 of every file below `path`, save those that Orbax touches when it commits."""
     later = (_CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name not in later)
-    return {str(file.relative_to(path)): zlib.crc32(file.read_bytes()) for file in files}
+    return {str(file.relative_to(path)): _checksum(file) for file in files}
+
+
+def _checksum(file: Path) -> int:
+    crc = 0
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 20):
+            crc = zlib.crc32(part, crc)
+    return crc
 
 
 def _damage(path: Path) -> str:
