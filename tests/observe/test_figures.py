@@ -73,6 +73,20 @@ def test_goodness_that_no_rule_measured_is_not_called_bad():
     assert f"goodness: {NOT_MEASURED}" in said and "used" in said and "bad" not in said
 
 
+def test_neurons_by_verdict_and_their_shares():
+    name, load = "block.attention.q", [[0.5, 0.25, 0.25, 0.0], [0.25, 0.5, 0.25, 0.0]]
+    rows = [{"step": 10 * (i + 1), "layers": {name: {"load": use, "goodness": [0] * 4}}} for i, use in enumerate(load)]
+    routing = {f"{name}.proto": np.eye(4), f"{name}.load": np.array(load[1]), f"{name}.goodness": np.zeros(4)}
+    assert f"goodness: {NOT_MEASURED}" not in texts(expert_dashboard(rows, routing))
+    routing[f"{name}.goodness"] = np.array([1.0, -1, 0, 0])
+    found = [(mask.tolist().index(True), label, colour) for mask, label, colour, _ in figures._verdicts(routing, name, 4)]
+    assert found == list(
+        zip(range(4), ("good", "bad", "used", "inactive"), (axes.GREEN, axes.RED, axes.SKY, axes.MUTED), strict=True)
+    )
+    (mesh,) = panel(expert_dashboard(rows, routing), "Share of activations").collections
+    np.testing.assert_array_equal(np.reshape(mesh.get_array(), (4, 2)), np.transpose(load))
+
+
 def test_prototypes_in_use_are_named_and_neighbours_share_a_label():
     proto = np.array([[0, 0], [0.1, 0], [10, 0], [10, 0.1], [10, 0.2], [10, 0.3], [5, 9], [5, 0]])
     routing = {"experts.proto": proto, "experts.load": np.array([1, 1, 1, 1, 1, 1, 1, 0]) / 7}

@@ -288,6 +288,12 @@ def _snapshot(routing: Routing, layer: str, what: str) -> np.ndarray | None:
     return routing.get(f"{layer}.{what}")
 
 
+def _measured(rows: Sequence[Row], routing: Routing, layer: str) -> bool:
+    """Whether the rule reports goodness, which may be zero for every module; a snapshot has zeros where it does not, too."""
+    logged = any("goodness" in row.get("layers", {}).get(layer, {}) for row in rows)
+    return logged or bool(np.any(_snapshot(routing, layer, "goodness")))
+
+
 def _verdicts(routing: Routing, layer: str, modules: int) -> list[tuple[np.ndarray, str, str, str]]:
     """Masks over modules in the last step saved, each with label, colour and marker: good or bad, used where goodness is zero or
     unknown, inactive."""
@@ -380,7 +386,7 @@ def expert_dashboard(rows: Sequence[Row], routing: Routing | None = None) -> Fig
     saved = [key.removesuffix(".proto") for key in routing if key.endswith(".proto")]
     layers = _last_of_each_kind(layer_names(rows) or saved)
     figure = new_figure(10.5, max(8.4, 3.4 * len(layers)) if layers else 3.5)
-    measured = any(np.any(_snapshot(routing, layer, "goodness")) for layer in layers)
+    measured = any(_measured(rows, routing, layer) for layer in layers)
     panels = figure.add_gridspec(2, 2)
     for k, (title, draw) in enumerate(EXPERT_PANELS):
         panel = figure.add_subfigure(panels[k // 2, k % 2])
