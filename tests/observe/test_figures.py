@@ -83,7 +83,9 @@ def test_neurons_by_verdict_and_their_shares():
     assert found == list(
         zip(range(4), ("good", "bad", "used", "inactive"), (axes.GREEN, axes.RED, axes.SKY, axes.MUTED), strict=True)
     )
-    (mesh,) = panel(expert_dashboard(rows, routing), "Share of activations").collections
+    heat = panel(expert_dashboard([{"step": 1, "layers": None}, *rows], routing), "Share of activations")
+    (mesh,) = heat.collections
+    assert heat.get_ylim() == (-0.5, 3.5)
     np.testing.assert_array_equal(np.reshape(mesh.get_array(), (4, 2)), np.transpose(load))
 
 

@@ -40,7 +40,7 @@ from tinyonn_jax.observe.axes import (
     twin,
 )
 from tinyonn_jax.observe.files import ROUTING
-from tinyonn_jax.observe.metrics import Row, column, layer_names, loads, percent
+from tinyonn_jax.observe.metrics import Row, column, layer_names, loads, lookup, percent
 from tinyonn_jax.observe.writers import read_metrics
 
 Routing = Mapping[str, np.ndarray]
@@ -289,8 +289,8 @@ def _snapshot(routing: Routing, layer: str, what: str) -> np.ndarray | None:
 
 
 def _measured(rows: Sequence[Row], routing: Routing, layer: str) -> bool:
-    """Whether the rule reports goodness: it may be zero for all modules of a batch; snapshots have zeros where there is none."""
-    logged = any("goodness" in row.get("layers", {}).get(layer, {}) for row in rows)
+    """Whether the rule reports goodness, which may be zero for every module; a snapshot has zeros where it does not, too."""
+    logged = any(lookup(row, "layers", layer, "goodness") is not None for row in rows)
     return logged or bool(np.any(_snapshot(routing, layer, "goodness")))
 
 
