@@ -77,6 +77,11 @@ def test_views_are_distinct_valid_and_stable(seed):
     assert views(Task("u", task.train, task.test), 40, seed) != found
 
 
+def test_a_colour_of_the_test_input_alone_gives_views():
+    alone = Task("t", (pair([[0]], [[0]]),), (pair([[5]]),))
+    assert {view.permutation[5] for view in views(alone, 100, 0)} == set(range(1, 10)) and len(views(alone, 100, 0)) == 72
+
+
 def test_few_colours_give_few_views():
     fixed = Task("t", (pair([[0]], [[1]]),), (pair([[0]]),))
     assert sorted(view.dihedral for view in views(fixed, 100, 0)) == list(range(8))

@@ -71,6 +71,16 @@ def test_batch_worked_by_hand():
     assert batch.loss_mask.dtype == np.float32
 
 
+def test_a_bucket_holds_the_longest_view():
+    """Three rows of two cells are longer than two of three, by the tokens that end a row."""
+    rng = np.random.default_rng(0)
+    task = Task("t", (Pair(grid(rng, 2, 3), grid(rng, 2, 3)),), ())
+    dataset = build_dataset(TaskSets((task,), (), (task,), ""), DataConfig(buckets=(20, 24), tokens_per_batch=24))
+    batches = [batch_at(dataset, 0, step) for step in range(20)]
+    assert {int(batch.length.max()) for batch in batches} == {19, 21}
+    assert all(output.shape == input.shape == (2, 3) for batch in batches for _, (input, output) in rows(batch))
+
+
 @pytest.mark.parametrize("augment", [True, False])
 def test_every_pair_exactly_once_an_epoch(augment):
     sets = make_sets()
@@ -267,3 +277,11 @@ def test_the_length_of_a_query_is_that_of_its_sequence(format, answer):
 
 def test_bucket_for():
     assert [bucket_for(n, (4, 8)) for n in (1, 4, 5, 8, 9)] == [4, 4, 8, 8, None]
+
+
+def test_a_query_in_context_shows_every_demonstration():
+    rng = np.random.default_rng(1)
+    shown = [(grid(rng, 1, 2), grid(rng, 2, 1)) for _ in range(3)]
+    asked = grid(rng, 2, 2)
+    query = Query(Task("t", tuple(Pair(*pair) for pair in shown), (Pair(asked, None),)), 0, -1, Augmentation())
+    np.testing.assert_array_equal(encode_query(query, "context").tokens, encode(shown, asked).tokens)

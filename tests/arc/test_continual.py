@@ -10,7 +10,7 @@ from tinyonn_jax.arc.augment import DIHEDRALS
 from tinyonn_jax.arc.batches import batch_at, build_dataset
 from tinyonn_jax.arc.continual import build_stages, measures
 from tinyonn_jax.arc.sets import TaskSets, load_task_sets
-from tinyonn_jax.arc.tasks import DataError
+from tinyonn_jax.arc.tasks import DataError, Pair
 from tinyonn_jax.config import Config, ConfigError, DataConfig
 from tinyonn_jax.presets import PRESETS
 
@@ -52,6 +52,14 @@ def test_forgetting_counts_from_the_best_and_backward_transfer_from_the_own_stag
 def learned(dataset) -> set[int]:
     """Rows of the task embedding that a dataset shows in its first epoch."""
     return {int(t) for step in range(dataset.steps_per_epoch) for t in batch_at(dataset, 0, step).task} - {-1}
+
+
+def test_inputs_of_unknown_answer_test_nothing(sets):
+    first, *others = sets.evaluation
+    more = dataclasses.replace(first, test=(*first.test, Pair(first.test[0].input, None)))
+    found, want = (build_stages(s, DATA, 30, 0).tests for s in (dataclasses.replace(sets, evaluation=(more, *others)), sets))
+    for got, expected in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_every_task_has_one_stage(sets):
