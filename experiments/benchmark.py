@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import importlib
 import json
-import math
 import signal
 import statistics
 import subprocess
@@ -39,7 +38,7 @@ from tinyonn_jax.layers.routing import spec as router_spec
 from tinyonn_jax.models import transformer
 from tinyonn_jax.models.flops import useful_flops
 from tinyonn_jax.presets import PRESETS
-from tinyonn_jax.training import optim
+from tinyonn_jax.training import assemble, optim
 from tinyonn_jax.training.objective import make_loss, make_rule
 from tinyonn_jax.training.state import TrainState
 from tinyonn_jax.training.step import make_train_step
@@ -177,7 +176,7 @@ def large_neurons() -> Iterator[Row]:
     model = ModelConfig(kind="dfc_hard", dim=504, heads=1, head_dim=504, hidden=0, depth=6, recursed=False, task_embedding=False)
     run, program = whole_step(model, random_batch(1, 254))
     seconds = medians({"a": run}, 5, time.perf_counter)["a"]
-    count = sum(math.prod(p.shape) for p in jax.tree.leaves(transformer.spec(model, 1), is_leaf=base.is_param)) / 1e6
+    count = assemble.count_parameters(transformer.spec(model, 1))["total"] / 1e6
     yield Row(f"large neurons: dfc_hard, D=504, 6 layers, 1 head, {count:.1f} M parameters, 254 tokens", seconds, 0.22, "s")
     m = program.memory_analysis()
     yield Row("large neurons: state and temporaries", (m.argument_size_in_bytes + m.temp_size_in_bytes) / 1e9, 0.8, "GB")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers import routing
-from tinyonn_jax.layers.base import Param, normal, tokens_of, valid_of, zeros
+from tinyonn_jax.layers.base import Param, contract_rows, normal, tokens_of, valid_of, zeros
 from tinyonn_jax.layers.tap import NeuronTap
 
 
@@ -100,7 +100,7 @@ def _neurons_bwd(activation, saved, g):
     x, mu, u, weight, valid, tap = saved
     f, slope = jax.vjp(partial(_act, activation), u)
     (delta,) = slope(g * weight.astype(g.dtype))
-    d_mu = jnp.matmul(delta.T, x, preferred_element_type=jnp.float32)
+    d_mu = contract_rows(delta, x)
     d_weight = (g * f).astype(jnp.float32)
     if tap is not None:
         token = jnp.where(valid, jnp.linalg.norm(x.astype(jnp.float32), axis=-1), 0)
