@@ -55,6 +55,18 @@ def test_layer_norm_by_hand():
     np.testing.assert_allclose(base.layer_norm(*(a.astype(np.float32) for a in (x, scale, bias))), want, rtol=1e-4, atol=1e-5)
 
 
+def test_the_gradient_of_layer_norm_is_that_of_its_formula():
+    def formula(x, scale, bias):
+        centred = x - jnp.mean(x, -1, keepdims=True)
+        return centred / jnp.sqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-6) * scale + bias
+
+    x, g = jax.random.normal(jax.random.key(0), (2, 3, 5, 7))
+    scale, bias = jax.random.normal(jax.random.key(1), (2, 7))
+    got, want = (jax.vjp(f, 3 * x + 1, scale, bias)[1](g) for f in (base.layer_norm, formula))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("inputs, outputs", [(40, 8), (8, 40)])
 @pytest.mark.parametrize("dtype, rtol", [("float32", 1e-6), ("bfloat16", 1e-2)])
 def test_linear_is_a_product_and_its_gradients_those_of_one(inputs, outputs, dtype, rtol):

@@ -148,20 +148,34 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"]) -> Float[Array,
     return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + 1e-6) * scale).astype(x.dtype).reshape(x.shape)
 
 
-def _layer_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], bias: Float[Array, " D"]) -> Array:
-    """(x - mean) / std · scale + bias over the last axis, in float32 (Ba et al., 2016)."""
+def _standard(x: Float[Array, "*B D"]) -> tuple[Array, Array]:
+    """(x - mean) / std over the last axis, and 1 / std, in float32."""
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, -1, keepdims=True)
-    return (centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + 1e-6) * scale + bias).astype(x.dtype)
+    scale = jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + 1e-6)
+    return centred * scale, scale
 
 
-layer_norm = jax.custom_vjp(_layer_norm)
+@jax.custom_vjp
+def layer_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], bias: Float[Array, " D"]) -> Array:
+    """(x - mean) / std · scale + bias over the last axis, in float32 (Ba et al., 2016)."""
+    return (_standard(x)[0] * scale + bias).astype(x.dtype)
+
+
+def _layer_norm_bwd(saved, g):
+    x, scale, bias = saved
+    (z, by_std), g = _standard(x), g.astype(jnp.float32)
+    along = g * z
+    # Means of products with `scale` as matmuls, or a CPU writes the products out; exact, as sums are.
+    mean = lambda v: jnp.matmul(v, scale, precision=jax.lax.Precision.HIGHEST)[..., None] / v.shape[-1]  # noqa: E731
+    rows = lambda v: jnp.sum(v.reshape(-1, v.shape[-1]), 0)  # noqa: E731
+    dx = by_std * (g * scale - mean(g) - z * mean(along))
+    return dx.astype(x.dtype), rows(along).astype(scale.dtype), rows(g).astype(bias.dtype)
+
+
 # Only what goes in is kept for the backward pass: so the forward pass is one and the same program wherever it is made, and
 # prototypes that are refined for the model and for a routers' loss are refined once.
-layer_norm.defvjp(
-    lambda x, scale, bias: (_layer_norm(x, scale, bias), (x, scale, bias)),
-    lambda saved, g: jax.vjp(_layer_norm, *saved)[1](g),
-)
+layer_norm.defvjp(lambda x, scale, bias: (layer_norm(x, scale, bias), (x, scale, bias)), _layer_norm_bwd)
 
 
 @jax.custom_vjp

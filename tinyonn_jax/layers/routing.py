@@ -163,7 +163,8 @@ def drln(v: Float[Array, "..."], axis: int = -1, floor: float = 0.0) -> Float[Ar
 
     The maximum carries no gradient; an all-zero input gives zero, with gradient 1 or 1 / floor.
     """
-    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(v), axis, keepdims=True))
+    highest, lowest = (extreme(jax.lax.stop_gradient(v), axis, keepdims=True) for extreme in (jnp.max, jnp.min))
+    peak = jnp.maximum(highest, -lowest)  # of |v|, which is not made
     if floor:
         return v / (peak + floor)
     ratio = v / jnp.where(peak > 0, peak, 1.0)

@@ -157,10 +157,14 @@ def _known(router, x, logits, config):
 def _known_bwd(config, saved, g):
     router, x = saved
 
-    one = lambda r, x: routing_logits(r, x, config)  # noqa: E731
-    logits = jax.vmap(one) if router.proto.ndim == 3 else one  # stacked blocks: routers of their own
-    (d_router,) = jax.vjp(lambda router: logits(router, x), router)[1](g)
-    return d_router, None, None
+    def of_one(router, x, g):
+        return jax.vjp(lambda r: routing_logits(r, x, config), router)[1](g)[0]
+
+    if router.proto.ndim == 2:
+        return of_one(router, x, g), None, None
+    # Stacked blocks have routers of their own. One by one: to stack what is refined and take it apart again are copies.
+    each = [of_one(*jax.tree.map(lambda leaf, i=i: leaf[i], (router, x, g))) for i in range(len(g))]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each), None, None
 
 
 _known.defvjp(lambda router, x, logits, config: (logits, (router, x)), _known_bwd)

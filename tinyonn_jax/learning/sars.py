@@ -148,10 +148,10 @@ def sars(
             if balance:
                 uneven.append(imbalance(_competing(logits, routing) + sign * laid, routing, proto))
             tokens = pooled(jnp.sum(routing.valid, -1, keepdims=True), proto[..., 0])
-            modules = routing.config.modules
             found = {}
             for share, which in (("good_share", good > 0), ("bad_share", good < 0)):
-                found |= told_apart(share, jnp.sum(which, -1) / modules, routing, proto[..., 0])
+                of_modules = jnp.sum(which, -1, dtype=jnp.float32) / routing.config.modules
+                found |= told_apart(share, of_modules, routing, proto[..., 0])
             per_layer[name] = found | {
                 "idle_share": 1 - found["good_share"] - found["bad_share"],
                 "goodness": _totals(laid, routing, proto) / jnp.maximum(tokens, 1),
