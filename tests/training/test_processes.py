@@ -49,10 +49,10 @@ def finish(program: subprocess.Popen[str], status: int) -> str:
     return out
 
 
-def start_two(folder: Path, command: tuple[str, ...], port: int) -> list[subprocess.Popen[str]]:
+def start_two(folder: Path, command: tuple[str, ...], port: int, *flags: str) -> list[subprocess.Popen[str]]:
     shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
     shared["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
-    return [start(folder, command, "--distributed", **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    return [start(folder, command, "--distributed", *flags, **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]
 
 
 def reach(folder: Path, step: int, programs: list[subprocess.Popen[str]]) -> list[subprocess.Popen[str]]:
@@ -70,30 +70,38 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_processes_train_as_one_and_whoever_is_left_goes_on(reference, tmp_path, unused_port):
-    """Two, of which one is killed; then one; then two, of which one is stopped; then two to the end: the losses of one."""
-    folder = tmp_path / "run"
-    pair = reach(folder, 25, start_two(folder, TRAIN, unused_port))  # step 10 at least is on disk: 20 waited for it
-    pair[1].kill()
+def lose(pair: list[subprocess.Popen[str]], which: int):
+    """Kills one of two processes: the other ends within a minute, with one line."""
+    pair[which].kill()
     killed = time.monotonic()
-    pair[1].communicate()
-    _, err = pair[0].communicate(timeout=60)
-    assert pair[0].returncode == 1 and time.monotonic() - killed < 60
+    pair[which].communicate()
+    _, err = pair[1 - which].communicate(timeout=60)
+    assert pair[1 - which].returncode == 1 and time.monotonic() - killed < 60
     assert "error: this process failed, or lost another one of the run (" in err and "Traceback" not in err
+
+
+def test_two_processes_train_as_one_and_whoever_is_left_goes_on(reference, tmp_path, unused_port):
+    """Two, of which one is killed; then one; then two with half of the parameters each, of which the first is killed; then two,
+    of which one is stopped; then two to the end: the losses of one."""
+    folder = tmp_path / "run"
+    lose(reach(folder, 25, start_two(folder, TRAIN, unused_port)), 1)  # step 10 at least is on disk: 20 waited for it
 
     (alone,) = reach(folder, 40, [start(folder, TRAIN)])
     alone.send_signal(signal.SIGTERM)
     assert re.search(r"going on from step [123]0", finish(alone, 128 + signal.SIGTERM))
     stopped = saved(folder)
-    assert 40 <= stopped < 70
+    assert 40 <= stopped < 55
 
-    pair = reach(folder, 70, start_two(folder, TRAIN, unused_port))
+    lose(reach(folder, 65, start_two(folder, TRAIN, unused_port, "--mesh.fsdp", "2")), 0)
+    assert saved(folder) > stopped
+
+    pair = reach(folder, 75, start_two(folder, TRAIN, unused_port, "--mesh.fsdp", "1"))
     pair[1].send_signal(signal.SIGTERM)  # both save, at the same step
     said = [finish(program, 128 + signal.SIGTERM) for program in pair]
-    assert f"going on from step {stopped}" in said[0]
+    assert re.search(r"going on from step [56]0", said[0])
     lines = {line for out in said for line in out.splitlines() if "resume with" in line}
     stopped = saved(folder)
-    assert len({line.split(";")[0] for line in lines}) == 1 and 70 <= stopped == max(losses(folder)) < 100
+    assert len({line.split(";")[0] for line in lines}) == 1 and 75 <= stopped == max(losses(folder)) < 100
 
     said = [finish(program, 0) for program in start_two(folder, TRAIN, unused_port)]
     assert f"going on from step {stopped}" in said[0]
