@@ -139,6 +139,15 @@ def test_rotary_meets_by_difference_of_positions_alone():
         assert abs(float(meet(a, b)) - float(meet(a + 2 * np.eye(3, dtype=int)[axis], b))) > 1e-3
 
 
+def test_the_gradient_of_a_turn_is_turned_back():
+    x, g = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 8))
+    turn = rotation(jax.random.randint(jax.random.key(1), (2, 5, 2), 0, 9), 8)
+    back = jax.jit(lambda x, g: jax.vjp(lambda x: rotary(x, turn), x)[1](g)[0])(x, g)
+    for i in np.ndindex(x.shape):  # a turn is linear: its gradient takes g to what each unit of x does to it
+        unit = jnp.zeros_like(x).at[i].set(1.0)
+        np.testing.assert_allclose(back[i], jnp.vdot(g, rotary(unit, turn)), rtol=1e-5, atol=1e-6)
+
+
 def test_rotation_of_text_positions_by_hand():
     cos, sin = rotation(jnp.arange(3)[None, :, None], 4, base=100.0)
     angle = np.arange(3)[:, None] * np.array([1.0, 0.1])  # two pairs: 100^0 and 100^(-1/2)

@@ -225,8 +225,13 @@ def rotation(positions: Int[Array, "B T A"], size: int, base: float = 100.0) -> 
     return jnp.cos(angle), jnp.sin(angle)
 
 
+@jax.custom_vjp
 def rotary(x: Float[Array, "B T H C"], turn: tuple[Array, Array]) -> Float[Array, "B T H C"]:
     """x turned by `rotation`: afterwards a query and a key meet by the difference of their positions alone, axis by axis."""
     cos, sin = turn
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x.dtype)
+
+
+# Gradients are turned back; positions, which are integers, have none.
+rotary.defvjp(lambda x, turn: (rotary(x, turn), turn), lambda turn, g: (rotary(g, (turn[0], -turn[1])), None))
