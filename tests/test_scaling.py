@@ -10,6 +10,7 @@ from hlo import Collective, Reading, read
 from tests.models import tiny
 from tinyonn_jax.config import Config, LearningConfig, MeshConfig, OptimConfig
 from tinyonn_jax.models import transformer
+from tinyonn_jax.presets import PRESETS
 
 # A loop of 3 turns, in it one of 5 and one of unknown length. Not a program that would run.
 PROGRAM = """\
@@ -109,6 +110,14 @@ def test_what_must_not_be_gathered(shape, axis, over, words):
     gather = Collective("all-gather", (shape,), 4, groups, axis, 1)
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(2, 2, 2))
     found = scaling.forbidden(Reading((gather,), 0, 0, 0), transformer.spec(MODEL, 3), config, ROWS, LENGTH)
+    assert words in found and bool(words) == bool(found)
+
+
+@pytest.mark.parametrize(("shape", "words"), [((768, 768), ""), ((24, 768, 64), "all modules"), ((16, 768, 1536), "all modules")])
+def test_keys_of_arc1_are_as_large_as_half_of_its_latent_heads_and_may_be_gathered(shape, words):
+    config = dataclasses.replace(PRESETS["arc1"][1], mesh=MeshConfig(2, 2, 2))
+    gather = Collective("all-gather", (shape,), 4, ((0, 1), (2, 3)), 0, 1)
+    found = scaling.forbidden(Reading((gather,), 0, 0, 0), transformer.spec(config.model, 3), config, ROWS, LENGTH)
     assert words in found and bool(words) == bool(found)
 
 
