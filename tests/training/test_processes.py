@@ -70,19 +70,20 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def lose(pair: list[subprocess.Popen[str]], which: int):
+def lose(pair: list[subprocess.Popen[str]], which: int) -> str:
     """Kills one of two processes: the other ends within a minute and says why, in one line of ours; or aborted, in JAX's words,
-    where the first is lost, which serves JAX's coordination: either may be the sooner."""
+    where the first is lost, which serves JAX's coordination: either may be the sooner. What the first had said."""
     pair[which].kill()
     killed = time.monotonic()
-    pair[which].communicate()
-    _, err = pair[1 - which].communicate(timeout=60)
+    said, _ = pair[which].communicate()
+    out, err = pair[1 - which].communicate(timeout=60)
     assert time.monotonic() - killed < 60 and "Traceback" not in err
     if which == 0 and pair[1].returncode == -signal.SIGABRT:
         assert "JAX distributed service detected fatal errors" in err and "another task died" in err
     else:
         assert pair[1 - which].returncode == 1
         assert "error: this process failed, or lost another one of the run (" in err
+    return said if which == 0 else out
 
 
 def test_two_processes_train_as_one_and_whoever_is_left_goes_on(reference, tmp_path, unused_port):
@@ -97,7 +98,8 @@ def test_two_processes_train_as_one_and_whoever_is_left_goes_on(reference, tmp_p
     stopped = saved(folder)
     assert 40 <= stopped < 55
 
-    lose(reach(folder, 65, start_two(folder, TRAIN, unused_port, "--mesh.fsdp", "2")), 0)
+    said = lose(reach(folder, 65, start_two(folder, TRAIN, unused_port, "--mesh.fsdp", "2")), 0)
+    assert f"going on from step {stopped}" in said
     assert saved(folder) > stopped
 
     pair = reach(folder, 75, start_two(folder, TRAIN, unused_port, "--mesh.fsdp", "1"))
