@@ -11,7 +11,7 @@ A step whose loss or gradient is not finite changes nothing but the count of ski
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.struct
 import jax
@@ -44,6 +44,7 @@ class Aux:
 
 LossFn = Callable[[Any, Taps | None, Any], tuple[Array, Aux]]
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+T = TypeVar("T")
 
 
 def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: MetaState, batch: Any):
@@ -159,6 +160,14 @@ def _norm(grads: Any) -> Array:
     return optax.tree.norm(grads) if jax.tree.leaves(grads) else jnp.float32(0)
 
 
+def _either(condition: Array, then: Callable[[], T], other: Callable[[], T]) -> T:
+    """What one of two functions returns. A CPU computes that alone; others compute both and choose: a GPU's host would have to wait
+    for the condition."""
+    if jax.default_backend() == "cpu":
+        return jax.lax.cond(condition, then, other)
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), then(), other())
+
+
 def make_train_step(
     loss_fn: LossFn,
     rule: LearningRule,
@@ -175,28 +184,31 @@ def make_train_step(
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         grads, routings, signals, metrics = gradients(loss_fn, rule, state.params, state.meta, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        updates = rule.restrain(updates, state.params, routings, signals, state.meta)
-        params = optax.apply_updates(state.params, updates)
-        # A short memory at first, as there is little to remember.
-        decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
-        new = replace(
-            state,
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            meta=rule.update(state.meta, routings, signals, metrics),
-            ema=jax.tree.map(lambda old, p: decay * old + (1 - decay) * p, state.ema, params),
-            skipped=jnp.int32(0),
-            skipped_total=state.skipped_total,
-        )
-        if rule.renew is not None:
-            new = _renewed(rule.renew, new)
         # Each summed by itself: a difference of two sums would drown a small norm in the rounding of a large one.
         norm_main, norm_meta = _norm(without_routers(grads)), _norm(routers(grads))
         finite = jnp.isfinite(metrics["main_loss"]) & jnp.isfinite(norm_main) & jnp.isfinite(norm_meta)
-        kept = replace(state, step=state.step + 1, skipped=state.skipped + 1, skipped_total=state.skipped_total + 1)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
+
+        def learned() -> TrainState:
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            updates = rule.restrain(updates, state.params, routings, signals, state.meta)
+            params = optax.apply_updates(state.params, updates)
+            # A short memory at first, as there is little to remember.
+            decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
+            new = replace(
+                state,
+                step=state.step + 1,
+                params=params,
+                opt_state=opt_state,
+                meta=rule.update(state.meta, routings, signals, metrics),
+                ema=jax.tree.map(lambda old, p: decay * old + (1 - decay) * p, state.ema, params),
+                skipped=jnp.int32(0),
+            )
+            return new if rule.renew is None else _renewed(rule.renew, new)
+
+        def skipped() -> TrainState:
+            return replace(state, step=state.step + 1, skipped=state.skipped + 1, skipped_total=state.skipped_total + 1)
+
+        new = _either(finite, learned, skipped)
         own = {
             "grad_norm_main": norm_main,
             "grad_norm_meta": norm_meta,
