@@ -71,7 +71,7 @@ def apply(
 ) -> tuple[Float[Array, "N O"], routing.Routing]:
     """The layer on x. Tokens where `valid` is false give zero.
 
-    The gradient of the tap is |δ| of every token and neuron, ‖x‖ of every token, and of every neuron Σ_n δ² and ‖dL/dmu_o‖².
+    The gradient of the tap is δ of every token and neuron, ‖x‖ of every token, and of every neuron Σ_n δ² and ‖dL/dmu_o‖².
 
     Raises:
         ValueError: `x` or `valid` does not fit, or the router selects by neither relu nor hard.
@@ -104,8 +104,8 @@ def _neurons_bwd(activation, saved, g):
     d_weight = (g * f).astype(jnp.float32)
     if tap is not None:
         token = jnp.where(valid, jnp.linalg.norm(x.astype(jnp.float32), axis=-1), 0)
-        size = jnp.abs(delta.astype(jnp.float32))
-        tap = NeuronTap(size, token, jnp.sum(jnp.square(size), 0), jnp.sum(jnp.square(d_mu), -1))
+        pull = delta.astype(jnp.float32)
+        tap = NeuronTap(pull, token, jnp.sum(jnp.square(pull), 0), jnp.sum(jnp.square(d_mu), -1))
     return delta @ mu, d_mu.astype(mu.dtype), jnp.sum(delta, 0), d_weight, None, tap
 
 

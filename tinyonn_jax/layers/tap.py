@@ -39,7 +39,7 @@ class Tap:
 class NeuronTap:
     """The tap of routed neurons (see `layers.spl`), whose every output is a coordinate of its own.
 
-    `delta [N,M]` |δ_nm|, the gradient of a neuron's pre-activation; `token [N]` ‖x_n‖, 0 for padding, so that |δ_nm|·‖x_n‖ is the
+    `delta [N,M]` δ_nm, the gradient of a neuron's pre-activation; `token [N]` ‖x_n‖, 0 for padding, so that |δ_nm|·‖x_n‖ is the
     norm of the parameter gradient that one token causes in one neuron; `output [M]` Σ_n δ_nm²; `module [M]` ‖dL/dmu_m‖².
     """
 

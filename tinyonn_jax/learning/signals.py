@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -42,7 +43,7 @@ def read(tapped: taps.Taps, routings: dict[str, Routing]) -> dict[str, Signals]:
 def _signals(tap: taps.Tap | taps.NeuronTap, routing: Routing) -> Signals:
     module_param = jnp.sqrt(tap.module)
     if isinstance(tap, taps.NeuronTap):
-        delta, token = tap.delta, tap.token
+        delta, token = jnp.abs(tap.delta), tap.token
         return Signals(delta, delta, delta * token[..., None], jnp.sqrt(tap.output), module_param, token)
     output, attribution, param = (jnp.sqrt(v) for v in (tap.output, tap.attribution, tap.param))
     return Signals(output, attribution, param, jnp.sqrt(totals(tap.output, routing)), module_param)
@@ -74,7 +75,8 @@ def summary(routing: Routing, signals: Signals, like: Float[Array, "*L M"]) -> d
     dropped = None if routing.dropped is None else jnp.sum(routing.dropped)
     computed = jnp.maximum(slots if dropped is None else slots - dropped, 1)
     choice = routing.index is not None and routing.config.slots_per_group > 1
-    output = jnp.sum(signals.output, -1)
+    # Behind a barrier, or XLA goes through all slots again for each sum of sums.
+    output = jax.lax.optimization_barrier(jnp.sum(signals.output, -1))
     # Of neurons the same, without going through all of them again.
     param = jnp.sum(signals.param, -1) if signals.token is None else output * signals.token
     by_block = {"active_share_by_block": jnp.sum(used, -1) / (jnp.maximum(jnp.sum(routing.valid, -1), 1) * modules)}

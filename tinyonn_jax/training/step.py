@@ -80,7 +80,9 @@ def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: MetaState,
         warnings.warn(
             f"no gradient reaches the tap of layer {name!r}: its surprise is zero. Is taps[{name!r}] handed on?", stacklevel=2
         )
-    routings = {name: replace(routing, load=load(routing)) for name, routing in aux.routings.items()}  # many ask for it
+    # Many ask for the load: behind a barrier, or XLA goes through all slots again for each sum over modules.
+    loads = jax.lax.optimization_barrier({name: load(routing) for name, routing in aux.routings.items()})
+    routings = {name: replace(routing, load=loads[name]) for name, routing in aux.routings.items()}
     signals = surprise.read(tapped, routings)
 
     objective = jax.value_and_grad(rule.objective, has_aux=True)
