@@ -39,15 +39,15 @@ def schedule(peak: float, steps: int, cfg: OptimConfig) -> optax.Schedule:
     return optax.join_schedules(parts, [warmup, decay_from])
 
 
-def _clip(limit: float) -> optax.GradientTransformation:
-    """Clipping by global norm, by one factor: optax's division and product are a pass of their own over all gradients."""
+def _clip(limit: float, group: str) -> optax.GradientTransformation:
+    """Clipping by global norm, by one factor: optax's division and product are a pass of their own over all gradients. So is the
+    norm, where it is not given, by group."""
 
-    @optax.stateless
-    def clip(grads, _):
-        factor = jnp.minimum(1.0, limit / optax.tree.norm(grads))
-        return jax.tree.map(lambda g: factor * g, grads)
+    def clip(updates, state, params=None, *, norms=None, **_):
+        factor = jnp.minimum(1.0, limit / (optax.tree.norm(updates) if norms is None else norms[group]))
+        return jax.tree.map(lambda g: factor * g, updates), state
 
-    return clip if limit else optax.identity()
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, clip) if limit else optax.identity()
 
 
 def make_optimizer(cfg: OptimConfig, steps: int, frozen_routers: bool = False) -> optax.GradientTransformation:
@@ -72,5 +72,5 @@ def make_optimizer(cfg: OptimConfig, steps: int, frozen_routers: bool = False) -
         main = optax.adamw(rate, weight_decay=cfg.weight_decay, mask=matrices)
     meta = optax.set_to_zero() if frozen_routers else optax.adamw(schedule(cfg.meta_lr, steps, cfg), weight_decay=0.0)
     return optax.multi_transform(
-        {"main": optax.chain(_clip(cfg.clip), main), "meta": optax.chain(_clip(cfg.meta_clip), meta)}, labels
+        {"main": optax.chain(_clip(cfg.clip, "main"), main), "meta": optax.chain(_clip(cfg.meta_clip, "meta"), meta)}, labels
     )

@@ -163,8 +163,7 @@ def _norm(grads: Any) -> Array:
 
 
 def _either(condition: Array, then: Callable[[], T], other: Callable[[], T]) -> T:
-    """What one of two functions returns. A CPU computes that alone; others compute both and choose: a GPU's host would have to wait
-    for the condition."""
+    """What one of two functions returns. A CPU runs that one alone, others both: a GPU's host would have to wait for it."""
     if jax.default_backend() == "cpu":
         return jax.lax.cond(condition, then, other)
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), then(), other())
@@ -184,14 +183,16 @@ def make_train_step(
     integrity, which is reported where the loss function reports `tau`.
     """
 
+    optimizer = optax.with_extra_args_support(tx)
+
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         grads, routings, signals, metrics = gradients(loss_fn, rule, state.params, state.meta, batch)
         # Each summed by itself: a difference of two sums would drown a small norm in the rounding of a large one.
-        norm_main, norm_meta = _norm(without_routers(grads)), _norm(routers(grads))
-        finite = jnp.isfinite(metrics["main_loss"]) & jnp.isfinite(norm_main) & jnp.isfinite(norm_meta)
+        norms = {"main": _norm(without_routers(grads)), "meta": _norm(routers(grads))}
+        finite = jnp.all(jnp.isfinite(jnp.stack([metrics["main_loss"], *norms.values()])))
 
         def learned() -> TrainState:
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, norms=norms)
             updates = rule.restrain(updates, state.params, routings, signals, state.meta)
             params = optax.apply_updates(state.params, updates)
             # A short memory at first, as there is little to remember.
@@ -212,8 +213,7 @@ def make_train_step(
 
         new = _either(finite, learned, skipped)
         own = {
-            "grad_norm_main": norm_main,
-            "grad_norm_meta": norm_meta,
+            **{f"grad_norm_{group}": norm for group, norm in norms.items()},
             "ema_acc": new.meta.accuracy,
             "skipped": new.skipped,
             "skipped_total": new.skipped_total,
