@@ -1,6 +1,7 @@
 """The train step: signals meet the right layer, groups stay apart, bad steps change nothing, devices do not matter."""
 
 from typing import Any, NamedTuple
+from unittest import mock
 
 import chex
 import jax
@@ -229,13 +230,15 @@ def test_a_small_norm_beside_a_large_one():
 EMA = 0.5
 
 
-@pytest.fixture(scope="module")
-def sars_step():
-    """A compiled step that refuses to be traced twice."""
+@pytest.fixture(scope="module", params=[1, 8], ids=["alone", "many"])
+def sars_step(request):
+    """A compiled step that refuses to be traced twice, as one device runs it, and as each of many does."""
     tx = make_optimizer(OPTIM, 100)
+    chex.clear_trace_counter()
     update: Any = chex.assert_max_traces(tx.update, n=1)
     once = optax.GradientTransformation(tx.init, update)
-    return tx, make_train_step(network(), sars(), once, ema=EMA, pi=(0.1, 2.0))
+    with mock.patch.object(jax, "device_count", return_value=request.param):
+        yield tx, make_train_step(network(), sars(), once, ema=EMA, pi=(0.1, 2.0))
 
 
 def test_steps_move_the_average_and_count(sars_step):

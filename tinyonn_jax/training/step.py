@@ -163,8 +163,9 @@ def _norm(grads: Any) -> Array:
 
 
 def _either(condition: Array, then: Callable[[], T], other: Callable[[], T]) -> T:
-    """What one of two functions returns. A CPU runs that one alone, others both: a GPU's host would have to wait for it."""
-    if jax.default_backend() == "cpu":
+    """What one of two functions returns. A CPU by itself runs that one alone: there the program is cut, and averages read the new
+    parameters, not their updates. Others run both: a GPU's host would have to wait, and many devices to talk in a branch."""
+    if jax.default_backend() == "cpu" and jax.device_count() == 1:
         return jax.lax.cond(condition, then, other)
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), then(), other())
 
