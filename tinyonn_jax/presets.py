@@ -50,7 +50,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         ),
     ),
     "continual": (
-        "the tasks of demo, three at a time and never again: how much is forgotten? About two minutes a network on two CPU cores",
+        "the tasks of demo, three at a time and never again: how much is forgotten? A minute or two a network on two CPU cores",
         Config(
             model=ModelConfig(dim=64, heads=4, head_dim=16, active_heads=2, hidden=192, expert_hidden=96, depth=2),
             optim=OptimConfig(decay_from=1.0, ema=0.0),

@@ -34,15 +34,24 @@ PARAMS, GRADS = params(), params(seed=1)
 FLAT = OptimConfig(warmup=0.0, decay_from=1.0, clip=0.0, meta_clip=0.0)  # a constant learning rate, no clipping
 
 
-def run(cfg, grads, steps=100, **options):
-    """Updates of one step after another; parameters stay where they are."""
+def main(tree):
+    return {"embed": tree["embed"], "w": tree["layer"].w_in, "b": tree["layer"].bias, "head": tree["w_head"]}
+
+
+def meta(tree):
+    return {"router": tree["layer"].router}
+
+
+def run(cfg, grads, steps=100, given=False, **options):
+    """Updates of one step after another; parameters stay where they are. `given`: norms are handed over, as a train step does."""
     tx = optim.make_optimizer(cfg, steps, **options)
 
     @jax.jit
     def all_steps(grads):
         state, out = tx.init(PARAMS), []
         for g in grads:
-            updates, state = tx.update(g, state, PARAMS)
+            norms = {"norms": {"main": optax.tree.norm(main(g)), "meta": optax.tree.norm(meta(g))}} if given else {}
+            updates, state = tx.update(g, state, PARAMS, **norms)
             out.append(updates)
         return out
 
@@ -97,17 +106,16 @@ def test_groups_have_rates_of_their_own():
     np.testing.assert_allclose(updates["layer"].router.proto, -0.02 * np.sign(GRADS["layer"].router.proto), rtol=1e-4)
 
 
-def test_groups_are_clipped_apart():
+@pytest.mark.parametrize("given", [False, True])
+def test_groups_are_clipped_apart(given):
     """Two steps, the first far above its limit: what Adam then remembers is the clipped gradient of its own group."""
     grads = [params(20.0, 1), params(0.01, 2)]
     updates = run(
         OptimConfig(matrices="adamw", lr=0.1, meta_lr=0.02, weight_decay=0.0, clip=1.0, meta_clip=0.5, warmup=0, decay_from=1),
         grads,
+        given=given,
     )[1]
-    for rate, limit, of in (
-        (0.1, 1.0, lambda t: {"embed": t["embed"], "w": t["layer"].w_in, "b": t["layer"].bias, "head": t["w_head"]}),
-        (0.02, 0.5, lambda t: {"router": t["layer"].router}),
-    ):
+    for rate, limit, of in ((0.1, 1.0, main), (0.02, 0.5, meta)):
         adam = optax.adam(rate)
         state, update = adam.init(of(PARAMS)), jax.jit(adam.update)
         want = None
