@@ -236,7 +236,7 @@ def sars_step(request):
     tx = make_optimizer(OPTIM, 100)
     chex.clear_trace_counter()
     update: Any = chex.assert_max_traces(tx.update, n=1)
-    once = optax.GradientTransformation(tx.init, update)
+    once = optax.GradientTransformationExtraArgs(tx.init, update)  # so that it is handed the norms, as in a run
     with mock.patch.object(jax, "device_count", return_value=request.param):
         yield tx, make_train_step(network(), sars(), once, ema=EMA, pi=(0.1, 2.0))
 
