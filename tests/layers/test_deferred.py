@@ -8,12 +8,13 @@ import pytest
 from tests.layers.naive import CLOSE
 from tinyonn_jax.layers import deferred
 
-PAIRS, MODULES, INPUTS, OUTPUTS = 70, 4, 5, 3
+MODULES, INPUTS, OUTPUTS = 4, 5, 3
 SIZES = {
     "even, nothing idle": [[18, 17, 18, 17], [17, 18, 17, 18], [70, 0, 0, 0]],
     "runs that go on over blocks": [[0, 70, 0, 0], [0, 66, 1, 3], [1, 69, 0, 0]],
     "empty modules, idle rows": [[0, 3, 0, 9], [40, 0, 0, 2], [0, 0, 0, 0]],
     "all idle": [[0, 0, 0, 0]] * 3,
+    "large blocks": [[150, 0, 20, 30], [199, 0, 1, 0], [100, 0, 100, 0]],
 }
 
 
@@ -21,8 +22,8 @@ SIZES = {
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def test_sums_and_norms_of_every_recursion(sizes, run_rows, monkeypatch):
     monkeypatch.setattr(deferred, "RUN_ROWS", run_rows)
-    rng = np.random.default_rng(0)
-    x, g = (rng.normal(size=(3, PAIRS, size)) for size in (INPUTS, OUTPUTS))
+    rng, pairs = np.random.default_rng(0), max(70, np.max(np.sum(sizes, 1)))
+    x, g = (rng.normal(size=(3, pairs, size)) for size in (INPUTS, OUTPUTS))
     want, norms = np.zeros((MODULES, INPUTS, OUTPUTS)), np.zeros((3, MODULES))
     for r, counts in enumerate(sizes):
         rows = np.repeat(np.arange(MODULES), counts)

@@ -94,18 +94,21 @@ LOADS = {
     "even": [70, 69, 68, 67],
     "even enough": [118, 40, 60, 50],  # beyond room for 88 rows lie 30, which is less than a quarter
     "uneven": [200, 0, 60, 9],
+    "uneven, in large blocks": [800, 0, 384, 5],  # two and a rest, none, one exactly, a rest alone
+    "even enough, a large block after": [1290, 503, 503, 504],  # beyond room for 880
 }
 
 
 @pytest.mark.parametrize("sizes", LOADS.values(), ids=LOADS.keys())
 def test_a_cpu_starts_from_a_batched_matmul_where_the_load_is_even(sizes):
     rng = np.random.default_rng(3)
-    x, w, g = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((280, INPUTS), (4, INPUTS, OUTPUTS), (280, OUTPUTS)))
+    rows = sum(sizes) + 11
+    x, w, g = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((rows, INPUTS), (4, INPUTS, OUTPUTS), (rows, OUTPUTS)))
     x, g = (a.at[sum(sizes) :].set(1e6) for a in (x, g))  # idle rows, which may hold anything
     y, (dx, dw, tap), plain, plain_grads = forward_and_back("loop", x, w, jnp.asarray(sizes), g)
     want = naive(x[: sum(sizes)], w, sizes, g[: sum(sizes)])
     for got, expected in zip((y, dx, dw, tap.rows, tap.modules), want, strict=True):
-        np.testing.assert_allclose(got[: len(expected)], expected, rtol=2e-5, atol=2e-5)  # sums of up to 200 terms
+        np.testing.assert_allclose(got[: len(expected)], expected, rtol=2e-5, atol=2e-5)  # sums of up to 1,290 terms
         assert not np.any(got[len(expected) :])
     for tapped, untapped in zip((y, dx, dw), (plain, *plain_grads), strict=True):
         np.testing.assert_array_equal(tapped, untapped)

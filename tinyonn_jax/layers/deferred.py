@@ -122,22 +122,17 @@ def weight_gradient(
     (recursions, pairs, _), modules = x.shape, sizes.shape[1]
     origin, run = _sorted(sizes, pairs)
     total = recursions * pairs
-    block = loop.block(total, modules)
-    x, g = (jnp.pad(a.reshape(-1, a.shape[-1])[origin], ((0, block), (0, 0))) for a in (x, g))
-    count, table = blocks(jnp.sum(sizes, 0), block, total)
+    x, g = (a.reshape(-1, a.shape[-1])[origin] for a in (x, g))
 
-    def body(i, dw):
-        m, first, rows = (loop.at(part, i) for part in table)
-        own = jnp.where((jnp.arange(block) < rows)[:, None], loop.rows(g, first, block), 0)
-        part = lax.dot_general(loop.rows(x, first, block), own, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return lax.dynamic_update_index_in_dim(dw, loop.at(dw, m) + part, m, 0, allow_negative_indices=False)
+    def body(m, start, own, dw):
+        return loop.add_weights(dw, m, loop.rows(x, start, len(own)), loop.rows(g, start, len(own)), own)
 
-    dw = lax.fori_loop(0, count, body, jnp.zeros((modules, x.shape[1], g.shape[1]), jnp.float32))
+    dw = loop.each_block(body, jnp.zeros((modules, x.shape[1], g.shape[1]), jnp.float32), jnp.sum(sizes, 0), total)
     return dw, _norms(x, g, run, sizes) if normed else jnp.zeros((recursions, modules), jnp.float32)
 
 
 def _norms(x: Array, g: Array, run: Int[Array, " RP"], sizes: Int[Array, "R M"]) -> Float[Array, "R M"]:
-    """‖X_rmᵀ·G_rm‖² from rows in order of their runs, with padding after the last.
+    """‖X_rmᵀ·G_rm‖² from rows in order of their runs.
 
     Products of rows of two runs are made in vain, so a block is cut from one run, or from as many of a module as come to
     `RUN_ROWS` rows on average.
@@ -147,6 +142,7 @@ def _norms(x: Array, g: Array, run: Int[Array, " RP"], sizes: Int[Array, "R M"])
     groups = -(-recursions // joined)
     group = jnp.pad(sizes, ((0, groups * joined - recursions), (0, 0))).reshape(groups, joined, modules).sum(1)
     size = loop.block(total, modules * groups)
+    x, g = (jnp.pad(a, ((0, size), (0, 0))) for a in (x, g))
     run = jnp.pad(run, (0, size), constant_values=modules * recursions)
     count, table = blocks(group.T.reshape(-1), size, total)
 

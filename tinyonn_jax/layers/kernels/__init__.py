@@ -38,14 +38,14 @@ def load(kernel: Kernel) -> Any:
 
 
 def blocks(
-    sizes: Int[Array, " M"], block: int, pairs: int, skip: int | Array = 0
+    sizes: Int[Array, " M"], block: int, pairs: int, skip: int | Int[Array, "*M"] = 0, full: bool = False
 ) -> tuple[Int[Array, ""], tuple[Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]]]:
     """How many blocks of at most `block` rows P = `pairs` rows make, and of each its module, its first row and its number of
     rows. There is room for as many as there may be, B = ⌊P / block⌋ + M; past the last one the number of rows is 0 or less. The
-    first `skip` rows of every module are in none.
+    first `skip` rows of every module are in none, and with `full` those at its end that fill no block either.
     """
     ends, rest = jnp.cumsum(sizes), jnp.maximum(sizes - skip, 0)
-    own = lax.div(rest + (block - 1), jnp.asarray(block, rest.dtype))
+    own = lax.div(rest if full else rest + (block - 1), jnp.asarray(block, rest.dtype))
     last, i = jnp.cumsum(own), jnp.arange(pairs // block + sizes.shape[0])
     m = jnp.minimum(jnp.searchsorted(last, i, side="right", method="compare_all"), sizes.shape[0] - 1)
     first = (ends - rest + (own - last) * block)[m] + i * block

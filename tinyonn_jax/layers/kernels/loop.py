@@ -15,10 +15,15 @@ from tinyonn_jax.layers.kernels import blocks, module_norms, places, row_norms, 
 LEAST_ROOM = 32
 """Where a batched matmul has room for fewer rows of a module than this, the loop runs them all."""
 
+LARGE = 384
+"""Rows of the blocks that a module's rows are cut into first: to take out its weight, and to add to its gradient, costs the same
+for any number of them."""
+
 
 def block(pairs: int, modules: int) -> int:
-    """Rows in one block: a quarter more than the mean load of a module, so that most modules are one block and few run empty."""
-    return min(max(_room(pairs, modules), 16), 160, pairs)
+    """Rows of the blocks that take the rest: a quarter more than the mean load of a module, so that most modules are one block
+    and few run empty."""
+    return min(max(_room(pairs, modules), 16), 128, pairs)
 
 
 def _room(pairs: int, modules: int) -> int:
@@ -37,25 +42,20 @@ def backward_rows(w, sizes, g):
 
 def _times(x, w, sizes, axis):
     """Every row times its module's weight, summed over this axis of a weight."""
-    size = block(x.shape[0], w.shape[0])
 
     def batched(row, place):
         return take(_flat(lax.dot_general(take(x, row), w, (((2,), (1 + axis,)), ((0,), (0,))))), place)
 
     y, skip = _started(batched, sizes, x.shape[0])
-    count, cut = _cuts(sizes, size, x.shape[0], skip)
 
-    def body(i, y):
-        m, start, own = cut(i)
-        part = lax.dot_general(rows(x, start, size), at(w, m), (((1,), (axis,)), ((), ())))
+    def body(m, start, own, y):
+        part = lax.dot_general(rows(x, start, len(own)), at(w, m), (((1,), (axis,)), ((), ())))
         return _put(y, part, start, own)
 
-    return lax.fori_loop(0, count, body, y)
+    return each_block(body, y, sizes, x.shape[0], skip)
 
 
 def backward(tapped, x, w, sizes, g):
-    size = block(x.shape[0], w.shape[0])
-
     def batched(row, place):
         first_x, first_g = take(x, row), take(g, row)
         dx = lax.dot_general(first_g, w, (((2,), (2,)), ((0,), (0,))))
@@ -63,36 +63,46 @@ def backward(tapped, x, w, sizes, g):
         return take(_flat(dx), place), dw
 
     done, skip = _started(batched, sizes, x.shape[0])
-    count, cut = _cuts(sizes, size, x.shape[0], skip)
 
-    def body(i, carry):
+    def body(m, start, own, carry):
         dx, dw = carry
-        m, start, own = cut(i)
-        part_x, part_g = rows(x, start, size), rows(g, start, size)
+        part_x, part_g = rows(x, start, len(own)), rows(g, start, len(own))
         dx = _put(dx, lax.dot_general(part_g, at(w, m), (((1,), (1,)), ((), ()))), start, own)
-        if x.shape[1] < g.shape[1]:  # zeros in either leave the rows of other modules out of the sum
-            part_x = jnp.where(own, part_x, 0)
-        else:
-            part_g = jnp.where(own, part_g, 0)
-        part_dw = lax.dot_general(part_x, part_g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return dx, lax.dynamic_update_index_in_dim(dw, at(dw, m) + part_dw, m, 0, allow_negative_indices=False)
+        return dx, add_weights(dw, m, part_x, part_g, own)
 
-    dx, dw = lax.fori_loop(0, count, body, done)
+    dx, dw = each_block(body, done, sizes, x.shape[0], skip)
     return dx, dw.astype(w.dtype), row_norms(tapped, x, g, sizes), module_norms(tapped, dw)
 
 
-def _cuts(sizes, size, pairs, skip):
-    """How many blocks there are, and a function from a block's number to its module, where to cut the block out so that it ends
-    before the last row, and which of its rows `[size,1]` are the module's own."""
-    count, (module, first, rows) = blocks(sizes, size, pairs, skip)
-    start = jnp.minimum(first, pairs - size)
-    table, row = (module, start, first - start, first - start + rows), jnp.arange(size)[:, None]
+def add_weights(dw, m, x, g, own):
+    """dw with xᵀg of a block's own rows added to that of its module."""
+    if x.shape[1] < g.shape[1]:  # zeros in either leave the rows of other modules out of the sum
+        x = jnp.where(own, x, 0)
+    else:
+        g = jnp.where(own, g, 0)
+    part = lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.dynamic_update_index_in_dim(dw, at(dw, m) + part, m, 0, allow_negative_indices=False)
 
-    def cut(i):
-        m, start, low, high = (at(part, i) for part in table)
-        return m, start, (row >= low) & (row < high)
 
-    return count, cut
+def each_block(body, carry, sizes, pairs, skip=0):
+    """`body(module, start, own, carry) -> carry` for every block: its module, where to cut it out so that it ends before the last
+    row, and which of its rows `[rows,1]` are the module's own. The first `skip` rows of every module are in none."""
+
+    def run(size, full, carry):
+        count, (module, first, rows) = blocks(sizes, size, pairs, skip, full)
+        start = jnp.minimum(first, pairs - size)
+        table, row = (module, start, first - start, first - start + rows), jnp.arange(size)[:, None]
+
+        def one(i, carry):
+            m, start, low, high = (at(part, i) for part in table)
+            return body(m, start, (row >= low) & (row < high), carry)
+
+        return lax.fori_loop(0, count, one, carry)
+
+    if pairs >= LARGE:
+        carry = run(LARGE, True, carry)
+        skip = sizes - jnp.maximum(sizes - skip, 0) % LARGE
+    return run(block(pairs, sizes.shape[0]), False, carry)
 
 
 def at(x, i):
