@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 from tinyonn_jax.layers.routing import EPS, Router, Routing, drln, effective, inverse_norm, per_module, pooled, served
 from tinyonn_jax.learning.rule import LearningRule, initial, layers, part, record, replace_part, routers
-from tinyonn_jax.learning.signals import Signals
+from tinyonn_jax.learning.signals import NeuronSignals, Signals
 
 BORN = 0.5
 """Activation rate that a new prototype starts with, so that it is not taken for dead before it could show."""
@@ -75,7 +75,7 @@ def gate_size(router: Router) -> Float[Array, "*L M"]:
     return jnp.linalg.norm(router.gate, axis=-1) if router.gate.ndim == router.proto.ndim else jnp.abs(router.gate)
 
 
-def shape_layer(router: Router, routing: Routing, signals: Signals, attract: bool = True) -> dict[str, Any]:
+def shape_layer(router: Router, routing: Routing, signals: Signals | NeuronSignals, attract: bool = True) -> dict[str, Any]:
     """One layer's losses and what they are made of: `proto`, `gate` losses; `sign`, `total` surprise, which where prototypes are
     not to `attract` is that of the modules alone."""
     router = effective(router)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from tinyonn_jax.layers.routing import Router, Routing, effective, pooled, routing_logits, select, served, totals
 from tinyonn_jax.learning import variational
-from tinyonn_jax.learning.signals import Signals
+from tinyonn_jax.learning.signals import Surprise
 
 Routers = dict[str, Router]
 Routings = dict[str, Routing]
@@ -56,10 +56,10 @@ class LearningRule(NamedTuple):
     """
 
     init: Callable[[Any, Routings], MetaState]
-    objective: Callable[[Routers, Routings, dict[str, Signals], MetaState], tuple[Array, Metrics]]
-    adjust: Callable[[Any, Any, Routings, dict[str, Signals], MetaState], Any]
-    update: Callable[[MetaState, Routings, dict[str, Signals], Metrics], MetaState]
-    restrain: Callable[[Any, Any, Routings, dict[str, Signals], MetaState], Any] = _unchanged
+    objective: Callable[[Routers, Routings, Surprise, MetaState], tuple[Array, Metrics]]
+    adjust: Callable[[Any, Any, Routings, Surprise, MetaState], Any]
+    update: Callable[[MetaState, Routings, Surprise, Metrics], MetaState]
+    restrain: Callable[[Any, Any, Routings, Surprise, MetaState], Any] = _unchanged
     isolate: bool = True
     renew: Callable[[Any, MetaState, Array], tuple[Any, MetaState, dict[str, Array]]] | None = None
 
@@ -197,7 +197,7 @@ def initial(params: Any, routings: Routings) -> MetaState:
     return MetaState(records=records, accuracy=jnp.float32(0), prior=even)
 
 
-def record(meta: MetaState, routings: Routings, signals: dict[str, Signals], metrics: Metrics, decay: float = 0.99) -> MetaState:
+def record(meta: MetaState, routings: Routings, signals: Surprise, metrics: Metrics, decay: float = 0.99) -> MetaState:
     """Adds this step's use of every module, and moves the averages: of routing, and of `metrics["main_acc"]`, if it is there."""
     records = {}
     for name, total in meta.records.items():

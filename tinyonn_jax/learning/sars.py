@@ -32,7 +32,7 @@ from tinyonn_jax.learning.rule import (
     replace_part,
     told_apart,
 )
-from tinyonn_jax.learning.signals import Signals
+from tinyonn_jax.learning.signals import NeuronSignals, Signals
 
 Granularity = Literal["module", "token"]
 TINY = 1e-12
@@ -45,7 +45,7 @@ def _competing(values: Float[Array, "*R M"], routing: Routing) -> Float[Array, "
 
 
 def goodness(
-    routing: Routing, signals: Signals, granularity: Granularity, neuron_cost: Granularity = "module"
+    routing: Routing, signals: Signals | NeuronSignals, granularity: Granularity, neuron_cost: Granularity = "module"
 ) -> Float[Array, "*R N S"]:
     """Importance × (belief − cost), each normalised over the modules that compete; 0 for modules not used, carries no gradient.
 

@@ -22,9 +22,8 @@ class Signals:
     """Norms, float32; zero in idle slots (see `Routing.active`) and for modules nobody used.
 
     Per token and slot `[N,K]`: `output` w‖g_n‖, `attribution` |⟨g_n, w f_m(x_n)⟩|, `param` the norm of the parameter gradient
-    this token causes in this module ("ghost norm"). Of a neuron `output` and `attribution` are both |δ|, the gradient of its
-    pre-activation, and `param` is |δ|·‖x_n‖; ‖x_n‖ alone is `token [N]`, for neurons only. Per module `[M]`: `module_output`
-    √Σ_n w²‖g_n‖² over its tokens, `module_param` ‖dL/dθ_m‖.
+    this token causes in this module ("ghost norm"). Per module `[M]`: `module_output` √Σ_n w²‖g_n‖² over its tokens,
+    `module_param` ‖dL/dθ_m‖.
     """
 
     output: Float[Array, "*R N K"]
@@ -32,19 +31,44 @@ class Signals:
     param: Float[Array, "*R N K"]
     module_output: Float[Array, "*R M"]
     module_param: Float[Array, "*R M"]
-    token: Float[Array, "*R N"] | None = None
 
 
-def read(tapped: taps.Taps, routings: dict[str, Routing]) -> dict[str, Signals]:
+@flax.struct.dataclass
+class NeuronSignals:
+    """The same of neurons (see `layers.spl`): `output` and `attribution` are both `delta` |δ_nm|, the gradient of the
+    pre-activation; `param` is |δ_nm|·‖x_n‖, with ‖x_n‖ the `token`'s norm: a product, made where it is asked for."""
+
+    delta: Float[Array, "*R N M"]
+    token: Float[Array, "*R N"]
+    module_output: Float[Array, "*R M"]
+    module_param: Float[Array, "*R M"]
+
+    @property
+    def output(self) -> Float[Array, "*R N M"]:
+        return self.delta
+
+    @property
+    def attribution(self) -> Float[Array, "*R N M"]:
+        return self.delta
+
+    @property
+    def param(self) -> Float[Array, "*R N M"]:
+        return self.delta * self.token[..., None]
+
+
+Surprise = dict[str, Signals | NeuronSignals]
+"""The signals of every routed layer, by its name."""
+
+
+def read(tapped: taps.Taps, routings: dict[str, Routing]) -> Surprise:
     """The signals of every routed layer, from the gradients of its tap."""
     return {name: _signals(tap, routings[name]) for name, tap in tapped.items()}
 
 
-def _signals(tap: taps.Tap | taps.NeuronTap, routing: Routing) -> Signals:
+def _signals(tap: taps.Tap | taps.NeuronTap, routing: Routing) -> Signals | NeuronSignals:
     module_param = jnp.sqrt(tap.module)
     if isinstance(tap, taps.NeuronTap):
-        delta, token = jnp.abs(tap.delta), tap.token
-        return Signals(delta, delta, delta * token[..., None], jnp.sqrt(tap.output), module_param, token)
+        return NeuronSignals(jnp.abs(tap.delta), tap.token, jnp.sqrt(tap.output), module_param)
     output, attribution, param = (jnp.sqrt(v) for v in (tap.output, tap.attribution, tap.param))
     return Signals(output, attribution, param, jnp.sqrt(totals(tap.output, routing)), module_param)
 
@@ -54,7 +78,7 @@ def make_taps(routings: Any) -> taps.Taps:
     return {name: taps.zeros(routing) for name, routing in routings.items()}
 
 
-def summary(routing: Routing, signals: Signals, like: Float[Array, "*L M"]) -> dict[str, Array]:
+def summary(routing: Routing, signals: Signals | NeuronSignals, like: Float[Array, "*L M"]) -> dict[str, Array]:
     """What a person watches of one routed layer, over valid tokens and all recursions.
 
     `like` has the shape of the layer's modules: stacked blocks have modules of their own, whose figures are averaged and
@@ -78,7 +102,7 @@ def summary(routing: Routing, signals: Signals, like: Float[Array, "*L M"]) -> d
     # Behind a barrier, or XLA goes through all slots again for each sum of sums.
     output = jax.lax.optimization_barrier(jnp.sum(signals.output, -1))
     # Of neurons the same, without going through all of them again.
-    param = jnp.sum(signals.param, -1) if signals.token is None else output * signals.token
+    param = output * signals.token if isinstance(signals, NeuronSignals) else jnp.sum(signals.param, -1)
     by_block = {"active_share_by_block": jnp.sum(used, -1) / (jnp.maximum(jnp.sum(routing.valid, -1), 1) * modules)}
     return {
         "load": load,
@@ -100,7 +124,7 @@ def _computed(routing: Routing) -> Bool[Array, "*R N K"]:
     return routing.active if routing.dropped is None else routing.active & ~routing.dropped
 
 
-def _gating_accuracy(routing: Routing, signals: Signals) -> Array:
+def _gating_accuracy(routing: Routing, signals: Signals | NeuronSignals) -> Array:
     active = _computed(routing).reshape(*routing.active.shape[:-1], routing.config.groups, -1)
     surprise = signals.param.reshape(active.shape)
     contested = (active.sum(-1) > 1) & jnp.any(active & (surprise > 0), -1)
