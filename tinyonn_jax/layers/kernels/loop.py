@@ -130,15 +130,16 @@ def _started(batched, sizes, pairs):
     room = _room(pairs, sizes.shape[0])
     lane, start = jnp.arange(room), jnp.cumsum(sizes) - sizes
 
-    def even():
+    def first():
         row = jnp.where(lane < sizes[:, None], start[:, None] + lane, pairs)
-        return batched(row, places(row, pairs)), room
+        return batched(row, places(row, pairs))
 
-    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(even)[0])
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(first))
     if room < LEAST_ROOM:
         return nothing, 0
-    beyond = jnp.sum(jnp.maximum(sizes - room, 0))
-    return lax.cond(4 * beyond <= jnp.sum(sizes), even, lambda: (nothing, 0))
+    even = 4 * jnp.sum(jnp.maximum(sizes - room, 0)) <= jnp.sum(sizes)
+    # Not out of the branch, so that all calls with these sizes have one table of blocks.
+    return lax.cond(even, first, lambda: nothing), jnp.where(even, room, 0)
 
 
 def _flat(y):
