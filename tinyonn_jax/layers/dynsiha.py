@@ -18,7 +18,8 @@ from tinyonn_jax.layers.tap import NeuronTap, by_role
 
 @dataclass(frozen=True)
 class Config:
-    """Width D, heads H (a divisor of D), how all projections route (`router.modules` is D), whether there is an output SPL."""
+    """Width D, heads H (a divisor of D), how all projections route (`router.modules` is set to D), and whether there is an output
+    SPL."""
 
     dim: int
     heads: int

@@ -100,10 +100,16 @@ def routed(f: Module, params: Any, x: Float[Array, "N D"], routing: Routing, tap
     for large modules.
 
     Raises:
-        ValueError: the routing is that of neurons (`routing.route_all`), or f gives something else than a row for every token.
+        ValueError: the routing is that of neurons (`routing.route_all`), `params` or `x` does not fit it, or f gives something
+            else than a row for every token.
     """
     if routing.index is None:
         raise ValueError("modules are routed by `route`; a routing by `route_all` is that of neurons (layers.spl)")
+    tokens, modules = routing.logits.shape[-2:]
+    if x.ndim != 2 or len(x) != tokens:
+        raise ValueError(f"x must have a row for each token of the routing, [{tokens}, D], not {list(x.shape)}")
+    if odd := [list(leaf.shape) for leaf in jax.tree.leaves(params) if leaf.shape[:1] != (modules,)]:
+        raise ValueError(f"every leaf of params must have a leading axis of {modules} modules; one has shape {odd[0]}")
     return _routed(f, params, x, routing.weight, routing, tap)
 
 

@@ -274,6 +274,8 @@ def select(logits: Float[Array, "N M"], cfg: RouterConfig) -> tuple[Array, Array
 
 def _decide_by(router: Router, x: Float[Array, "N D"], cfg: RouterConfig) -> Float[Array, "N M"]:
     """The logits, cut from the main loss with `cfg.isolate`."""
+    if router.proto.shape[-2] != cfg.modules:
+        raise ValueError(f"params have a router of {router.proto.shape[-2]} modules, the config one of {cfg.modules}")
     logits = routing_logits(router, x, cfg)
     return jax.lax.stop_gradient(logits) if cfg.isolate else logits
 

@@ -5,7 +5,7 @@ step and their signals, each a dict from the name of a routed layer (the dotted 
 cannot meet the wrong router. Letters: N tokens, K slots, M modules.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -84,7 +84,7 @@ def layers(params: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def _children(params: Any) -> dict[str, Any]:
     """The parts of a params struct by name; none of an array."""
-    if isinstance(params, dict):
+    if isinstance(params, Mapping):
         return {str(key): child for key, child in params.items()}
     if hasattr(params, "__dataclass_fields__"):
         return {name: getattr(params, name) for name in params.__dataclass_fields__}
@@ -118,9 +118,12 @@ def replace_layer(params: Any, name: str, layer: Any) -> Any:
         return layer
     head, _, rest = name.partition(".")
     child = replace_layer(_children(params)[head], rest, layer)
-    if isinstance(params, dict):
-        changed = copy(params)  # of its own type
-        changed[next(key for key in params if str(key) == head)] = child
+    if isinstance(params, Mapping):  # of its own type
+        key = next(key for key in params if str(key) == head)
+        if not isinstance(params, dict):
+            return type(params)({**params, key: child})  # pyright: ignore[reportCallIssue]
+        changed = copy(params)
+        changed[key] = child
         return changed
     if hasattr(params, "_fields"):
         return params._replace(**{head: child})
@@ -191,6 +194,7 @@ def initial(params: Any, routings: Routings) -> MetaState:
     if set(found) != set(routings):
         raise ValueError(
             f"routings {sorted(routings)} do not match the routed layers of params {sorted(found)}: name each by its dotted path"
+            + ("" if found else f" ({type(params).__name__}: layers are found in dicts, structs, named tuples, lists and tuples)")
         )
     records = {name: jnp.zeros(router.proto.shape[:-1], jnp.float32) for name, router in found.items()}
     even = {name: jnp.full_like(total, 1 / total.shape[-1]) for name, total in records.items()}
@@ -222,12 +226,19 @@ def load_balance(weight: Float[Array, "*R N K"], routing: Routing) -> Array:
 
 
 def none() -> LearningRule:
-    """Routers stay as initialised."""
-    return LearningRule(initial, lambda *_: (jnp.float32(0), {}), _unchanged, record)
+    """Routers stay as initialised, whatever the optimizer makes of gradients that are zero, decay for one."""
+
+    def restrain(updates, params, routings, signals, meta):
+        for name, router in routers(updates).items():
+            updates = replace_part(updates, name, "router", jax.tree.map(jnp.zeros_like, router))
+        return updates
+
+    return LearningRule(initial, lambda *_: (jnp.float32(0), {}), _unchanged, record, restrain)
 
 
 def backprop(balance: float = 0.0) -> LearningRule:
-    """Routers learn from the main loss through their weights, as in a conventional mixture of experts.
+    """Routers learn from the main loss through their weights, as in a conventional mixture of experts: not where weights are
+    constant, as of the one module of a group that a token uses, or of hard ones.
 
     `balance` weighs a load-balance loss (0: none).
     """

@@ -53,15 +53,17 @@ class Checkpoints:
     Args:
         folder: where they are; made when missing.
         keep: how many of the newest stay, besides the one with the highest score.
-        config: stored with each, so that a checkpoint explains itself, and is not taken for one of another network.
+        config: stored with each, so that a checkpoint explains itself, and is not taken for one of another network: fields by
+            section, `{section: {field: value}}`, of values that JSON has.
         say: prints one line.
 
     Raises:
         CheckpointError: there are checkpoints and all are damaged, or the folder is a file.
+        TypeError: `config` is something else.
     """
 
     def __init__(self, folder: Path, keep: int = 2, config: Mapping[str, Any] | None = None, say: Say = print):
-        self.folder, self._config, self._saving = Path(folder).absolute(), dict(config or {}), 0
+        self.folder, self._config, self._saving = Path(folder).absolute(), _sections(config or {}), 0
         if self.folder.exists() and not self.folder.is_dir():
             raise CheckpointError(f"{self.folder}: is a file, where checkpoints belong; move it away")
         _tidy(self.folder, say)
@@ -92,13 +94,14 @@ class Checkpoints:
 
         Raises:
             CheckpointError: this save, or the one still in flight, could not be written; the one before it is intact.
+            TypeError: the state is something else.
         """
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}
         with self._one_line():
             self._manager.wait_until_finished()
             if step in self._manager.all_steps():
                 return
             self._saving = step
-            items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}
             metrics = {"score": None if score is None or not math.isfinite(score) else float(score)}
             arguments = ocp.args.Composite(config=ocp.args.JsonSave(self._config), **items)
             if not self._manager.save(step, args=arguments, metrics=metrics, force=True):
@@ -219,9 +222,21 @@ def _writer() -> ocp.PyTreeCheckpointHandler:
 
 def _items(state: Any) -> dict[str, Any]:
     """The separately stored parts of a state."""
+    if not (dataclasses.is_dataclass(state) and all(hasattr(state, name) for name in _OWN_ITEMS)):
+        raise TypeError(f"a checkpoint is of a dataclass with params and ema, as TrainState is, not of {type(state).__name__}")
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     own = {name: fields.pop(name) for name in _OWN_ITEMS}
     return {**own, "training": fields}
+
+
+def _sections(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, if it is one."""
+    if not all(isinstance(fields, Mapping) for fields in config.values()):
+        raise TypeError(f"config must hold fields by section, {{section: {{field: value}}}}, not {dict(config)}")
+    try:
+        return json.loads(json.dumps(config))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"config must hold values that JSON has ({error})") from None
 
 
 def _same_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -248,8 +263,8 @@ def _read(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
             odd = sorted(name for name in written.keys() | wanted.keys() if _shape(written, name) != _shape(wanted, name))
             if odd:
                 raise CheckpointError(
-                    f"{path} holds another state than this version trains ({item}/{odd[0]}: {_shape(written, odd[0])} there, "
-                    f"{_shape(wanted, odd[0])} here); move the run folder away to start again"
+                    f"{path} holds the state of another network, rule, optimizer or version ({item}/{odd[0]}: "
+                    f"{_shape(written, odd[0])} there, {_shape(wanted, odd[0])} here); move the run folder away to start again"
                 )
             asked = ocp.tree.from_flat_dict(jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted), there, sep="/")
             read = reader.restore(path / item, args=ocp.args.StandardRestore(asked))

@@ -27,13 +27,18 @@ class TrainState:
 
     @classmethod
     def create(cls, params: Any, tx: optax.GradientTransformation, meta: MetaState, seed: int = 0) -> "TrainState":
-        """The state before the first step. The average starts as a copy: a donated state must not hold one buffer twice."""
+        """The state before the first step. It holds copies of `params`: steps donate their state, which must hold no buffer twice
+        (optimizers may keep parameters too), and none that is used elsewhere."""
+
+        def copied() -> Any:
+            return jax.tree.map(jnp.copy, params)
+
         return cls(
             step=jnp.int32(0),
-            params=params,
-            opt_state=tx.init(params),
+            params=copied(),
+            opt_state=tx.init(copied()),
             meta=meta,
-            ema=jax.tree.map(jnp.copy, params),
+            ema=copied(),
             rng=jax.random.key_data(jax.random.key(seed)),
             skipped=jnp.int32(0),
             skipped_total=jnp.int32(0),

@@ -181,9 +181,13 @@ def make_train_step(
 
     `loss_fn(params, taps, batch) -> (loss, Aux)`; `taps` is None or a dict to hand to the layers, by the same names as the
     routings. `ema` is the decay of the parameters' moving average (0: the parameters themselves); `pi` the α and γ of predictive
-    integrity, which is reported where the loss function reports `tau`.
-    """
+    integrity, which is reported where the loss function reports `tau`. The optimizer is told `value`, the loss, too.
 
+    Raises:
+        TypeError: the rule is none.
+    """
+    if not isinstance(rule, LearningRule):
+        raise TypeError(f"rule must be a LearningRule, as sars() makes one, not {rule!r}")
     optimizer = optax.with_extra_args_support(tx)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
@@ -193,7 +197,8 @@ def make_train_step(
         finite = jnp.all(jnp.isfinite(jnp.stack([metrics["main_loss"], *norms.values()])))
 
         def learned() -> TrainState:
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, norms=norms)
+            told = {"norms": norms, "value": metrics["main_loss"]}  # what some optimizers ask for
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **told)
             updates = rule.restrain(updates, state.params, routings, signals, state.meta)
             params = optax.apply_updates(state.params, updates)
             # A short memory at first, as there is little to remember.

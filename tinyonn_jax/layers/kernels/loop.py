@@ -9,6 +9,7 @@ A block may reach over rows of the modules beside its own, which it leaves as th
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 from tinyonn_jax.layers.kernels import blocks, module_norms, places, row_norms, take
 
@@ -84,7 +85,7 @@ def add_weights(dw, m, x, g, own):
     return lax.dynamic_update_index_in_dim(dw, at(dw, m) + part, m, 0, allow_negative_indices=False)
 
 
-def each_block(body, carry, sizes, pairs, skip=0):
+def each_block(body, carry, sizes, pairs, skip: int | Array = 0):
     """`body(module, start, own, carry) -> carry` for every block: its module, where to cut it out so that it ends before the last
     row, and which of its rows `[rows,1]` are the module's own. The first `skip` rows of every module are in none."""
 
