@@ -115,13 +115,34 @@ def begin(folder: Path, config: Config, preset: str, command: str = "") -> Run:
         DataError: the tasks cannot be used.
     """
     folder, before = Path(folder), stored_config(folder)
-    changed = [] if before is None else differences(plain(before), plain(config))
     sharding.make_mesh(config.mesh)  # raises before anything is written
-    if before is not None and not changed:
+    if not _may_change(folder, config, preset) and before is not None:
         with _alone(folder):
             if before != config and jax.process_index() == 0:
                 write_atomically(folder / CONFIG, to_json(config))
         return replace(open_run(folder), config=config)
+    make_rule(config)  # raises, too
+    sets = load_task_sets(config.data)
+    with _alone(folder):
+        origin = {"preset": preset, "command": command, "tinyonn_jax": __version__, "python": platform.python_version()}
+        origin |= {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
+        if jax.process_index() == 0:
+            _may_change(folder, config, preset)  # still: another process may have trained meanwhile
+            (folder / CONFIG).unlink(missing_ok=True)  # a folder that has one has the tasks that belong to it
+            write_atomically(folder / ORIGIN, json.dumps(origin, indent=2) + "\n")
+            write_atomically(folder / TASKS, tasks_to_json(sets))
+            write_atomically(folder / CONFIG, to_json(config))
+    return Run(folder, config, sets)
+
+
+def _may_change(folder: Path, config: Config, preset: str) -> bool:
+    """Whether the run in a folder has another configuration, and no checkpoint yet.
+
+    Raises:
+        ConfigError: it has both.
+    """
+    before = stored_config(folder)
+    changed = [] if before is None else differences(plain(before), plain(config))
     if changed and any((folder / CHECKPOINTS).glob("*")):
         began = f"preset {stored_origin(folder)}, not {preset}; " if stored_origin(folder) not in (preset, None) else ""
         first = stored_origin(folder, "command")
@@ -129,17 +150,7 @@ def begin(folder: Path, config: Config, preset: str, command: str = "") -> Run:
             f"{folder / CONFIG} differs from this command: {began}{'; '.join(changed)}; what a run began with stays: leave these "
             f"out to go on with it{f' (it began as: {first})' if first else ''}, or begin another one with --workdir"
         )
-    make_rule(config)  # raises, too
-    sets = load_task_sets(config.data)
-    with _alone(folder):
-        origin = {"preset": preset, "command": command, "tinyonn_jax": __version__, "python": platform.python_version()}
-        origin |= {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
-        if jax.process_index() == 0:
-            (folder / CONFIG).unlink(missing_ok=True)  # a folder that has one has the tasks that belong to it
-            write_atomically(folder / ORIGIN, json.dumps(origin, indent=2) + "\n")
-            write_atomically(folder / TASKS, tasks_to_json(sets))
-            write_atomically(folder / CONFIG, to_json(config))
-    return Run(folder, config, sets)
+    return bool(changed)
 
 
 def train(run: Run, started: float | None = None, profile: int = 0) -> None:

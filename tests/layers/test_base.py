@@ -67,6 +67,32 @@ def test_the_gradient_of_layer_norm_is_that_of_its_formula():
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
+def _turned(x):
+    cos, sin = base.rotation(jnp.arange(10)[:, None].reshape(2, 5, 1), 4)
+    a, b = x[..., :2], x[..., 2:]
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+@pytest.mark.parametrize(
+    ("function", "formula"),
+    [
+        (lambda x: base.rotary(x, base.rotation(jnp.arange(10)[:, None].reshape(2, 5, 1), 4)), _turned),
+        (
+            lambda x: base.layer_norm(x, jnp.arange(1.0, 5), jnp.ones(4)),
+            lambda x: jax.nn.standardize(x, -1, epsilon=1e-6) * jnp.arange(1.0, 5) + 1,
+        ),
+        (base.entropy, lambda x: -jnp.sum(jax.nn.softmax(x) * jax.nn.log_softmax(x), -1)),
+        (lambda x: base.linear(x.reshape(-1, 4), jnp.arange(12.0).reshape(4, 3)), lambda x: x @ jnp.arange(12.0).reshape(4, 3)),
+    ],
+    ids=["rotary", "layer_norm", "entropy", "linear"],
+)
+def test_gradients_can_be_differentiated_forwards(function, formula):
+    """`jax.jvp` of `jax.grad`, also of what has a gradient rule of its own: as of the formula."""
+    x, along = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 4))
+    got, want = (jax.jvp(jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x)))), (x,), (along,))[1] for f in (function, formula))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("inputs, outputs", [(40, 8), (8, 40)])
 @pytest.mark.parametrize("dtype, rtol", [("float32", 1e-6), ("bfloat16", 1e-2)])
 def test_linear_is_a_product_and_its_gradients_those_of_one(inputs, outputs, dtype, rtol):

@@ -229,6 +229,15 @@ def test_neurons_are_refused():
         experts.routed(lambda p, x: x * p, jnp.ones(E), X, neurons)
 
 
+def test_parameters_and_tokens_of_another_number_are_refused():
+    with pytest.raises(ValueError, match=rf"leading axis of {E} modules; one has shape \[{E + 1}, 2\]"):
+        experts.routed(lambda p, x: x * p[0], jnp.ones((E + 1, 2)), X, ROUTING)
+    with pytest.raises(ValueError, match="a row for each token"):
+        experts.routed(lambda p, x: x * p, jnp.ones(E), X[None], ROUTING)
+    with pytest.raises(ValueError, match="router of 4 modules, the config one of 8"):
+        routing.route(Router(jnp.ones((4, D)), jnp.zeros(4)), X, RouterConfig(8, 2))
+
+
 @pytest.mark.parametrize("f", [lambda p, x: x[:, 0] * p, lambda p, x: x[None] * p, lambda p, x: x[:1] * p])
 def test_a_module_gives_a_row_for_every_token(f):
     with pytest.raises(ValueError, match="a row for every token"):

@@ -10,7 +10,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax.core import FrozenDict, freeze
 
 from tests.layers.naive import hand_made
 from tinyonn_jax.layers.routing import Router, RouterConfig, route, route_all
@@ -165,7 +167,20 @@ def test_layers_are_replaced_in_containers_of_your_own():
         assert jax.tree.structure(replaced) == jax.tree.structure(params) and rules.layers(replaced)[name].w[0] == 9
     replaced = rules.replace_part(params, "1.a", "w", jnp.zeros(2))
     assert not np.any(replaced[1]["a"].w) and np.all(params[1]["a"].w == 1)
+    frozen = rules.replace_layer(freeze({"a": layer(1), "b": {"c": layer(2)}}), "b.c", layer(9))
+    assert isinstance(frozen, FrozenDict) and frozen["b"]["c"].w[0] == 9 and set(rules.layers(frozen)) == {"a", "b.c"}
     with pytest.raises(ValueError, match="dot"):
         rules.layers({"block.a": layer(1)})
+    with pytest.raises(ValueError, match=r"\(set: layers are found in dicts"):
+        rules.initial({"a"}, {"a": use(1, 1)})
     with pytest.raises(ValueError, match=r"modules.*'w'"):
         rules.part(layer(1), "modules")
+
+
+def test_none_holds_routers_whatever_the_optimizer_does():
+    params = {"a": layer(1)}
+    tx = optax.adamw(0.1, weight_decay=0.1)
+    updates = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[0]
+    assert np.any(updates["a"].router.proto)
+    held = none().restrain(updates, params, {}, {}, META)["a"]
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(held.router)) and np.all(held.w == updates["a"].w)

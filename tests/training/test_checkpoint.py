@@ -55,6 +55,15 @@ def restore(folder: Path, like=None) -> tuple[TrainState | None, list[str]]:
         return checkpoints.restore(make() if like is None else like), said
 
 
+@pytest.mark.parametrize("config", [{"lr": 0.1}, {"data": {"folder": Path("x")}}], ids=["no sections", "not JSON"])
+def test_what_cannot_be_stored_is_refused_before_training(tmp_path, config):
+    with pytest.raises(TypeError, match="config must hold"):
+        Checkpoints(tmp_path / "run", config=config)
+    assert not (tmp_path / "run").exists()
+    with Checkpoints(tmp_path / "run") as checkpoints, pytest.raises(TypeError, match="dataclass with params and ema"):
+        checkpoints.save(1, {"params": jnp.ones(2), "ema": jnp.ones(2)})
+
+
 def test_what_was_saved_comes_back(tmp_path):
     assert restore(tmp_path / "new") == (None, [])
     save(tmp_path, 3)
@@ -264,7 +273,7 @@ def test_saving_a_step_that_is_there_changes_nothing(tmp_path):
 def test_another_kind_of_state_is_one_clear_line(tmp_path):
     save(tmp_path, 20)
     other = make().replace(params={"w": jnp.zeros((2, 2)), "router": {"proto": jnp.zeros((3, 64))}})
-    with pytest.raises(CheckpointError, match=r"another state .*params/w: \(64, 24\) there, \(2, 2\) here") as error:
+    with pytest.raises(CheckpointError, match=r"state of another network, rule, .*params/w: \(64, 24\) there, \(2, 2\) here") as error:
         restore(tmp_path, other)
     assert "\n" not in str(error.value)
 

@@ -136,6 +136,22 @@ def test_a_command_that_differs_is_refused_with_the_fields(copy, monkeypatch, ca
     assert "model.dim: 32 -> 128" in line and "preset smoke, not demo" in line
 
 
+def test_a_run_that_another_process_began_meanwhile_keeps_its_configuration(copy, monkeypatch, capsys):
+    """Its first checkpoint comes while this command still reads the tasks."""
+    (copy / "checkpoints").rename(copy / "later")
+    read = runs.load_task_sets
+
+    def slow(data):
+        (copy / "later").rename(copy / "checkpoints")
+        return read(data)
+
+    monkeypatch.setattr(runs, "load_task_sets", slow)
+    before = {name: (copy / name).read_bytes() for name in ("config.json", "run.json", "tasks.json")}
+    assert here(monkeypatch, "train", *SMALL, "--workdir", copy, "--model.experts", "4", "--mesh.data", "1") == 2
+    assert "model.experts: 3 -> 4; what a run began with stays" in capsys.readouterr().err
+    assert before == {name: (copy / name).read_bytes() for name in before}
+
+
 def test_a_run_begun_anew_keeps_no_results_and_says_which_fields_do_nothing(copy, monkeypatch, capsys):
     shutil.rmtree(copy / "checkpoints")
     (copy / "score.json").write_text("{}")

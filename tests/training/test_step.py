@@ -311,6 +311,24 @@ def test_rule_none_leaves_routers_bit_identical_and_backprop_moves_them(name):
     assert ("loss_balance" in metrics) == (name == "backprop")
 
 
+def test_parameters_outlive_the_steps_that_start_from_them_whatever_the_optimizer_keeps():
+    """States are donated; prodigy keeps the parameters it began with, and `reduce_on_plateau` asks for the loss."""
+    params, rule = parameters(ALONE), sars()
+    tx = optax.chain(optax.contrib.prodigy(1.0), optax.contrib.reduce_on_plateau())
+    step = make_train_step(network(ALONE), rule, tx)
+    found = []
+    for _ in range(2):
+        state, metrics = step(start(rule, tx, ALONE, params), BATCH)
+        assert np.isfinite(step(state, BATCH)[1]["main_loss"])
+        found.append(float(metrics["main_loss"]))
+    assert found[0] == found[1] == network(ALONE)(params, None, BATCH)[0]
+
+
+def test_a_rule_that_is_none_is_refused():
+    with pytest.raises(TypeError, match=r"sars\(\)"):
+        make_train_step(network(), sars, optax.sgd(0.1))  # pyright: ignore[reportArgumentType]
+
+
 class Two(NamedTuple):
     q: Any
     other: Any

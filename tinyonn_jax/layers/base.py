@@ -156,10 +156,17 @@ def _standard(x: Float[Array, "*B D"]) -> tuple[Array, Array]:
     return centred * scale, scale
 
 
+# Rules of gradients call plain functions, never one with a rule of its own, which `jax.jvp` of a gradient could not enter.
+
+
+def _layer_norm(x, scale, bias):
+    return (_standard(x)[0] * scale + bias).astype(x.dtype)
+
+
 @jax.custom_vjp
 def layer_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], bias: Float[Array, " D"]) -> Array:
     """(x - mean) / std · scale + bias over the last axis, in float32 (Ba et al., 2016)."""
-    return (_standard(x)[0] * scale + bias).astype(x.dtype)
+    return _layer_norm(x, scale, bias)
 
 
 def _layer_norm_bwd(saved, g):
@@ -175,7 +182,7 @@ def _layer_norm_bwd(saved, g):
 
 # Only what goes in is kept for the backward pass: so the forward pass is one and the same program wherever it is made, and
 # prototypes that are refined for the model and for a routers' loss are refined once.
-layer_norm.defvjp(lambda x, scale, bias: (layer_norm(x, scale, bias), (x, scale, bias)), _layer_norm_bwd)
+layer_norm.defvjp(lambda x, scale, bias: (_layer_norm(x, scale, bias), (x, scale, bias)), _layer_norm_bwd)
 
 
 @jax.custom_vjp
@@ -225,13 +232,16 @@ def rotation(positions: Int[Array, "B T A"], size: int, base: float = 100.0) -> 
     return jnp.cos(angle), jnp.sin(angle)
 
 
-@jax.custom_vjp
-def rotary(x: Float[Array, "B T H C"], turn: tuple[Array, Array]) -> Float[Array, "B T H C"]:
-    """x turned by `rotation`: afterwards a query and a key meet by the difference of their positions alone, axis by axis."""
-    cos, sin = turn
+def _turned(x, cos, sin):
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x.dtype)
 
 
+@jax.custom_vjp
+def rotary(x: Float[Array, "B T H C"], turn: tuple[Array, Array]) -> Float[Array, "B T H C"]:
+    """x turned by `rotation`: afterwards a query and a key meet by the difference of their positions alone, axis by axis."""
+    return _turned(x, *turn)
+
+
 # Gradients are turned back; positions, which are integers, have none.
-rotary.defvjp(lambda x, turn: (rotary(x, turn), turn), lambda turn, g: (rotary(g, (turn[0], -turn[1])), None))
+rotary.defvjp(lambda x, turn: (_turned(x, *turn), turn), lambda turn, g: (_turned(g, turn[0], -turn[1]), None))

@@ -106,7 +106,8 @@ def msaps(
 ) -> LearningRule:
     """The M-SAPS learning rule, for any routed layer; each of its parts can be switched off.
 
-    `attract` prototype loss; `regress` gate loss; `protect` protection, at `temperature` τ0 (smaller protects fewer modules);
+    `attract` prototype loss; `regress` gate loss; `protect` protection, at `temperature` τ0 (smaller protects fewer modules), of
+    which less is left the higher the average of the loss function's metric `main_acc`, all of it if there is none;
     `l2` λ0 of the adaptive decay (0: none), a part of the gradient as in the seed: optimizers that divide by a gradient's size,
     as AdamW and Muon do, shrink what has no other gradient at their own pace, whatever λ0 is; `renew` re-initialises modules
     whose activation rate, a moving average over about 100 steps that starts at `BORN`, is below this while that of another one in
