@@ -5,6 +5,7 @@ from operator import attrgetter
 from typing import Any
 
 from tinyonn_jax.config import Config, Kind, LearningConfig, RuleName
+from tinyonn_jax.layers.routing import weighing
 
 OPTIONS_OF: dict[str, tuple[RuleName, ...]] = {
     **dict.fromkeys(("granularity", "prior_sign", "neuron_cost", "goodness_gate", "centre"), ("sars",)),
@@ -37,7 +38,7 @@ def under(cfg: LearningConfig, rule: RuleName) -> LearningConfig:
 
 
 def idle(cfg: Config, base: Config) -> list[str]:
-    """A line for every field that is not as in `base`, but does nothing beside the others."""
+    """A line for every field that is not as in `base`, but does nothing beside the others, and for routers that are not taught."""
     model, mesh = cfg.model, cfg.mesh
     kind = f"in a network of kind {model.kind}"
     where = {f"model.{name}": kind for name, kinds in FIELDS_OF.items() if model.kind not in kinds}
@@ -73,4 +74,12 @@ def idle(cfg: Config, base: Config) -> list[str]:
     if not cfg.data.holdout:
         where["train.validate_every"] = "without data.holdout"
     changed = (name for name in where if attrgetter(name)(cfg) != attrgetter(name)(base))
-    return [f"--{name.replace('_', '-')} does nothing {where[name]}" for name in changed]
+    lines = [f"--{name.replace('_', '-')} does nothing {where[name]}" for name in changed]
+    if model.kind == "dyntrm" and cfg.learning.rule == "backprop" and weighing(model.select, model.weight) == "softmax":
+        for modules, slots in (("heads", model.active_heads), ("experts", model.active_experts)):
+            if slots == 1:
+                lines.append(
+                    f"--learning.rule backprop teaches no router of {modules}: with one for a token in each group "
+                    f"(--model.active-{modules}) its weight is always one"
+                )
+    return lines

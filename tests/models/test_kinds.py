@@ -69,6 +69,13 @@ def test_fields_that_another_field_leaves_nothing_to_do():
     assert told(model=ModelConfig(kind="dense"), learning=none) == []
     dense = told(model=ModelConfig(kind="dense"), learning=LearningConfig(balance=1.0), optim=OptimConfig(meta_lr=1.0))
     assert dense == [f"--{name} does nothing in a network of kind dense" for name in ("learning.balance", "optim.meta-lr")]
+    backprop = LearningConfig(rule="backprop")
+    (line,) = told(learning=backprop)
+    assert "teaches no router of heads" in line and "--model.active-heads" in line
+    assert told(learning=backprop, model=ModelConfig(active_heads=2)) == []
+    assert told(learning=backprop, model=ModelConfig(weight="relu")) == []
+    (line,) = told(learning=backprop, model=ModelConfig(active_heads=2, active_experts=1))
+    assert "teaches no router of experts" in line
     cost = LearningConfig(neuron_cost="token")
     assert told(learning=cost) == ["--learning.neuron-cost does nothing in a network of kind dyntrm"]
     assert told(model=ModelConfig(kind="dfc"), learning=cost) == []
