@@ -38,7 +38,7 @@ def under(cfg: LearningConfig, rule: RuleName) -> LearningConfig:
 
 
 def idle(cfg: Config, base: Config) -> list[str]:
-    """A line for every field that is not as in `base`, but does nothing beside the others, and for routers that are not taught."""
+    """A line for every field that is not as in `base`, but does nothing beside the others, or not for all routers."""
     model, mesh = cfg.model, cfg.mesh
     kind = f"in a network of kind {model.kind}"
     where = {f"model.{name}": kind for name, kinds in FIELDS_OF.items() if model.kind not in kinds}
@@ -75,7 +75,8 @@ def idle(cfg: Config, base: Config) -> list[str]:
         where["train.validate_every"] = "without data.holdout"
     changed = (name for name in where if attrgetter(name)(cfg) != attrgetter(name)(base))
     lines = [f"--{name.replace('_', '-')} does nothing {where[name]}" for name in changed]
-    if model.kind == "dyntrm" and cfg.learning.rule == "backprop" and weighing(model.select, model.weight) == "softmax":
+    backprop = cfg.learning.rule == "backprop" != base.learning.rule
+    if backprop and model.kind == "dyntrm" and weighing(model.select, model.weight) == "softmax":
         for modules, slots in (("heads", model.active_heads), ("experts", model.active_experts)):
             if slots == 1:
                 lines.append(

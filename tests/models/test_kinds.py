@@ -72,6 +72,7 @@ def test_fields_that_another_field_leaves_nothing_to_do():
     backprop = LearningConfig(rule="backprop")
     (line,) = told(learning=backprop)
     assert "teaches no router of heads" in line and "--model.active-heads" in line
+    assert idle(Config(learning=backprop), Config(learning=backprop)) == []
     assert told(learning=backprop, model=ModelConfig(active_heads=2)) == []
     assert told(learning=backprop, model=ModelConfig(weight="relu")) == []
     (line,) = told(learning=backprop, model=ModelConfig(active_heads=2, active_experts=1))

@@ -184,7 +184,7 @@ def make_train_step(
     integrity, which is reported where the loss function reports `tau`. The optimizer is told `value`, the loss, too.
 
     Raises:
-        TypeError: the rule is none.
+        TypeError: the rule is not one.
     """
     if not isinstance(rule, LearningRule):
         raise TypeError(f"rule must be a LearningRule, as sars() makes one, not {rule!r}")
