@@ -67,8 +67,11 @@ def test_the_gradient_of_layer_norm_is_that_of_its_formula():
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
-def _turned(x):
-    cos, sin = base.rotation(jnp.arange(10)[:, None].reshape(2, 5, 1), 4)
+TURN = base.rotation(jnp.arange(10).reshape(2, 5, 1), 4)
+
+
+def turned(x):
+    cos, sin = TURN
     a, b = x[..., :2], x[..., 2:]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
@@ -76,7 +79,7 @@ def _turned(x):
 @pytest.mark.parametrize(
     ("function", "formula"),
     [
-        (lambda x: base.rotary(x, base.rotation(jnp.arange(10)[:, None].reshape(2, 5, 1), 4)), _turned),
+        (lambda x: base.rotary(x, TURN), turned),
         (
             lambda x: base.layer_norm(x, jnp.arange(1.0, 5), jnp.ones(4)),
             lambda x: jax.nn.standardize(x, -1, epsilon=1e-6) * jnp.arange(1.0, 5) + 1,

@@ -324,7 +324,7 @@ def test_parameters_outlive_the_steps_that_start_from_them_whatever_the_optimize
     assert found[0] == found[1] == network(ALONE)(params, None, BATCH)[0]
 
 
-def test_a_rule_that_is_none_is_refused():
+def test_what_only_makes_a_rule_is_refused():
     with pytest.raises(TypeError, match=r"sars\(\)"):
         make_train_step(network(), sars, optax.sgd(0.1))  # pyright: ignore[reportArgumentType]
 

@@ -230,7 +230,7 @@ def _items(state: Any) -> dict[str, Any]:
 
 
 def _sections(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, if it is one."""
+    """The configuration as JSON gives it back, if it is fields by section."""
     if not all(isinstance(fields, Mapping) for fields in config.values()):
         raise TypeError(f"config must hold fields by section, {{section: {{field: value}}}}, not {dict(config)}")
     try:
