@@ -35,8 +35,8 @@ class Signals:
 
 @flax.struct.dataclass
 class NeuronSignals:
-    """The same of neurons (see `layers.spl`): `output` and `attribution` are both `delta` |δ_nm|, the gradient of the
-    pre-activation; `param` is |δ_nm|·‖x_n‖, with ‖x_n‖ the `token`'s norm: a product, made where it is asked for."""
+    """The same of neurons (see `layers.spl`), from `delta` δ_nm, the gradient of the pre-activation, and `token` ‖x_n‖: their
+    `output` and `attribution` are both |δ_nm|, `param` is |δ_nm|·‖x_n‖, each made where it is asked for."""
 
     delta: Float[Array, "*R N M"]
     token: Float[Array, "*R N"]
@@ -45,15 +45,15 @@ class NeuronSignals:
 
     @property
     def output(self) -> Float[Array, "*R N M"]:
-        return self.delta
+        return jnp.abs(self.delta)
 
     @property
     def attribution(self) -> Float[Array, "*R N M"]:
-        return self.delta
+        return jnp.abs(self.delta)
 
     @property
     def param(self) -> Float[Array, "*R N M"]:
-        return self.delta * self.token[..., None]
+        return self.output * self.token[..., None]
 
 
 Surprise = dict[str, Signals | NeuronSignals]
@@ -68,9 +68,16 @@ def read(tapped: taps.Taps, routings: dict[str, Routing]) -> Surprise:
 def _signals(tap: taps.Tap | taps.NeuronTap, routing: Routing) -> Signals | NeuronSignals:
     module_param = jnp.sqrt(tap.module)
     if isinstance(tap, taps.NeuronTap):
-        return NeuronSignals(jnp.abs(tap.delta), tap.token, jnp.sqrt(tap.output), module_param)
+        return NeuronSignals(tap.delta, tap.token, jnp.sqrt(tap.output), module_param)
     output, attribution, param = (jnp.sqrt(v) for v in (tap.output, tap.attribution, tap.param))
     return Signals(output, attribution, param, jnp.sqrt(totals(tap.output, routing)), module_param)
+
+
+def block_by_block(values: Float[Array, "*R N M"]) -> Float[Array, "*R N"]:
+    """Σ_m |values| of every token, each recursion's or block's by itself: XLA would lay all of them side by side first."""
+    if values.ndim == 2:
+        return jnp.sum(jnp.abs(values), -1)
+    return jnp.stack(jax.lax.optimization_barrier([jnp.sum(jnp.abs(v), -1) for v in jnp.unstack(values)]))
 
 
 def make_taps(routings: Any) -> taps.Taps:
@@ -99,10 +106,12 @@ def summary(routing: Routing, signals: Signals | NeuronSignals, like: Float[Arra
     dropped = None if routing.dropped is None else jnp.sum(routing.dropped)
     computed = jnp.maximum(slots if dropped is None else slots - dropped, 1)
     choice = routing.index is not None and routing.config.slots_per_group > 1
-    # Behind a barrier, or XLA goes through all slots again for each sum of sums.
-    output = jax.lax.optimization_barrier(jnp.sum(signals.output, -1))
-    # Of neurons the same, without going through all of them again.
-    param = output * signals.token if isinstance(signals, NeuronSignals) else jnp.sum(signals.param, -1)
+    if isinstance(signals, NeuronSignals):
+        output = block_by_block(signals.delta)
+        param = output * signals.token  # the same, without going through all neurons again
+    else:
+        output, param = jnp.sum(signals.output, -1), jnp.sum(signals.param, -1)
+    output = jax.lax.optimization_barrier(output)  # or XLA goes through all slots again for each sum of sums
     by_block = {"active_share_by_block": jnp.sum(used, -1) / (jnp.maximum(jnp.sum(routing.valid, -1), 1) * modules)}
     return {
         "load": load,
