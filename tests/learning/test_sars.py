@@ -15,7 +15,7 @@ from tinyonn_jax.layers import routing as routes
 from tinyonn_jax.layers import spl, tap
 from tinyonn_jax.layers.routing import Router, RouterConfig, Routing
 from tinyonn_jax.learning import signals as surprise
-from tinyonn_jax.learning.sars import Granularity, goodness, imbalance, sars
+from tinyonn_jax.learning.sars import Granularity, goodness, sars
 from tinyonn_jax.learning.signals import Signals
 
 N, D, M, G, K = 7, 4, 6, 2, 4
@@ -122,14 +122,16 @@ def test_one_slot_a_group_is_judged_by_the_batch():
 
 
 @cache
-def neurons():
+def neurons(seed=2):
     """A layer of routed neurons on tokens of which one is padding, the gradients of a loss, its routing and its signals."""
     cfg = spl.Config(D, RouterConfig(M, 0, select="hard"))
-    params, x = make(spl.spec(cfg)), jnp.asarray(np.random.default_rng(2).normal(size=(N, D)), jnp.float32)
+    rng = np.random.default_rng(seed)
+    params, x = make(spl.spec(cfg)), jnp.asarray(rng.normal(size=(N, D)), jnp.float32)
+    sign = rng.choice([-1.0, 1.0], (N, M))
 
     def loss(params, taps):
         y, routing = spl.apply(params, x, cfg, valid=np.arange(N) != 2, tap=taps)
-        return jnp.sum(jnp.sin(3 * y)), routing
+        return jnp.sum(sign * jnp.sin(3 * y)), routing
 
     empty = tap.zeros(jax.eval_shape(loss, params, None)[1])
     (grads, tapped), routing = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, empty)
@@ -145,6 +147,7 @@ def test_neurons_cost_what_their_rows_do_or_what_each_token_does():
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
         assert np.any(want > 0) and np.any(want < 0)
     assert np.abs(by_row - by_token).max() > 0.1
+    assert np.any(-signals.delta.min(-1) > signals.delta.max(-1))  # the largest magnitude is one of a negative gradient
 
 
 def test_the_goodness_gate_stops_the_neurons_that_are_not_good():
@@ -269,6 +272,33 @@ def test_recursions_share_one_gate_and_stacked_layers_have_their_own():
     np.testing.assert_array_equal(kept(pair(router, router), (2,)), np.stack(means) > 0)
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["recursions", "blocks"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_neurons_of_recursions_and_blocks_are_judged_one_by_one(granularity, shared):
+    """Loss, gradient and metrics of both together are what those of each give: a router of each, or one for both."""
+    rng = np.random.default_rng(3)
+    pair = [neurons(seed)[1:] for seed in (2, 6)]
+    routers = [Router(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((M, D), (M,)))) for _ in pair]
+    if shared:
+        routers[1] = routers[0]
+    # Imbalance is of both recursions' use together, so that it is no mean: of blocks alone.
+    objective = compiled(granularity, "reinforce", balance=0.0 if shared else 0.5)
+    ((one, a), (two, b)) = (objective(router, *layer) for router, layer in zip(routers, pair, strict=True))
+    stack = lambda *leaves: jnp.stack(leaves)  # noqa: E731
+    (loss, metrics), got = objective(routers[0] if shared else jax.tree.map(stack, *routers), *jax.tree.map(stack, *pair))
+    assert float(loss) == pytest.approx((float(one[0]) + float(two[0])) / 2, rel=1e-6)
+    for g, *each in zip(*map(jax.tree.leaves, (got, a, b)), strict=True):
+        np.testing.assert_allclose(g, np.mean(each, 0) if shared else np.stack(each) / 2, rtol=1e-5, atol=1e-7)
+    found, *layers = (m["layers"]["a"] for m in (metrics, one[1], two[1]))
+    for share in ("good_share", "bad_share", "idle_share"):
+        assert float(found[share]) == pytest.approx(np.mean([layer[share] for layer in layers]), rel=1e-5)
+    means = np.stack([layer["goodness"] for layer in layers])
+    np.testing.assert_allclose(found["goodness"], means.mean(0) if shared else means, rtol=1e-5, atol=1e-7)
+    if not shared:
+        for share in ("good_share", "bad_share"):
+            np.testing.assert_allclose(found[f"{share}_by_block"], [layer[share] for layer in layers], rtol=1e-6)
+
+
 def test_entropy_share_is_one_for_uniform_priors_and_near_zero_for_certain_ones():
     _, routing, signals = example()
     zero = jax.tree.map(jnp.zeros_like, signals)
@@ -302,14 +332,21 @@ def test_imbalance_by_hand():
     active = jnp.broadcast_to(valid[..., None], index.shape)
     routing = Routing(zeros, index, active.astype(jnp.float32), active, jnp.zeros((2, 3, 1)), valid, jnp.zeros((2, 3), bool), cfg)
     odds = jnp.asarray([[3.0, 1.0], [1.0, 1.0]])  # of module 0 over 1, and of 2 over 3
-    prior = jnp.broadcast_to(jnp.log(odds), (2, 3, 2, 2)).at[:, 2].set(70.0)
-    found = jax.jit(imbalance)
+    prior = jnp.broadcast_to(jnp.log(odds).reshape(4), (2, 3, 4)).at[:, 2].set(70.0)
+    rule, no_surprise = sars(balance=1.0), [jnp.zeros((2, 3, 2))] * 3 + [jnp.zeros((2, 4))] * 2
+
+    @jax.jit
+    def found(routing, proto):
+        router = Router(proto, jnp.zeros(proto.shape[:-1]))
+        _, metrics = rule.objective({"a": router}, {"a": routing.replace(logits=prior)}, {"a": Signals(*no_surprise)}, META)
+        return metrics["loss_balance"]
+
     # Group 0: p = (3/4, 1/4), load (1, 0) and (1/2, 1/2), in all (3/4, 1/4); group 1: all even, which is 1.
-    shared, apart = jnp.zeros((4, 5)), jnp.zeros((2, 4, 5))
-    assert float(found(prior, routing, shared)) == pytest.approx(np.mean([2 * (9 + 1) / 16, 1]))
-    assert float(found(prior, routing, apart)) == pytest.approx(np.mean([2 * 3 / 4, 1, 1, 1]))
+    shared, apart = jnp.zeros((4, 1)), jnp.zeros((2, 4, 1))
+    assert float(found(routing, shared)) == pytest.approx(np.mean([2 * (9 + 1) / 16, 1]))
+    assert float(found(routing, apart)) == pytest.approx(np.mean([2 * 3 / 4, 1, 1, 1]))
     silent = routing.replace(active=active.at[..., 1].set(False))  # group 1 serves nobody: no better than even
-    assert float(found(prior, silent, shared)) == pytest.approx(np.mean([2 * (9 + 1) / 16, 1]))
+    assert float(found(silent, shared)) == pytest.approx(np.mean([2 * (9 + 1) / 16, 1]))
 
 
 @partial(jax.jit, static_argnames=("balance", "centre", "steps"))

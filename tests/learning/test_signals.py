@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.layers.naive import by_module, hand_made
-from tinyonn_jax.layers.tap import Tap
+from tinyonn_jax.layers.routing import RouterConfig, Routing
+from tinyonn_jax.layers.tap import NeuronTap, Tap
 from tinyonn_jax.learning import signals
 
 # Four tokens, two slots, three modules; the last token is padding, one slot is idle.
@@ -84,6 +85,14 @@ def test_who_has_no_surprise_or_did_not_run_is_not_right():
     assert float(lost["surprise_param"]) == pytest.approx(5 / 5)
 
 
+def test_the_preferred_of_those_that_ran_is_judged():
+    routing = hand_made([[0, 1, 2]] * 2, np.full((2, 3), 0.3), np.ones((2, 3), bool), 3)
+    lost = routing.replace(dropped=jnp.array([[True, False, False], [False, True, False]]))
+    param = jnp.array([[9.0, 1.0, 2.0], [2.0, 0.0, 1.0]])  # of those that ran, token 0 prefers the calmer, token 1 the other
+    taps = Tap(param**2, param**2, param**2, jnp.zeros(3))
+    assert float(summary(lost, signals.read({"a": taps}, {"a": lost})["a"], jnp.zeros(3))["gating_acc"]) == 0.5
+
+
 def test_modules_of_stacked_blocks_are_told_apart():
     # Block 0 uses modules 0 and 1 of its four, block 1 its own 2 and 3.
     blocks = [hand_made([[m], [m + 1]], np.ones((2, 1)), np.ones((2, 1), bool), 4) for m in (0, 2)]
@@ -110,6 +119,26 @@ def test_recursions_lead_and_are_pooled_in_the_summary():
     found = summary(both, read, jnp.zeros(3))
     assert float(found["active_share"]) == pytest.approx(5 / 18)
     np.testing.assert_allclose(found["load"], [0.4, 0.6, 0], rtol=1e-6)
+
+
+def test_surprise_of_neurons_is_that_of_magnitudes():
+    delta = jnp.asarray([[[1.0, -2, 0], [0, -3, 4]], [[0, 0, -5], [6, 0, 0]]])  # two blocks, two tokens, three neurons
+    active, token = delta != 0, jnp.asarray([[1.0, 10], [100, 1000]])
+    config = RouterConfig(3, 0, select="hard")
+    routing = Routing(
+        delta, None, active.astype(float), active, jnp.zeros((2, 2, 1)), jnp.ones((2, 2), bool), jnp.zeros((2, 2), bool), config
+    )
+    tap = NeuronTap(delta, token, jnp.sum(delta**2, 1), jnp.ones((2, 3)))
+    read = signals.read({"a": tap}, {"a": routing})["a"]
+    np.testing.assert_array_equal(read.output, np.abs(delta))
+    np.testing.assert_array_equal(read.param, np.abs(delta) * token[..., None])
+    for blocks in (routing, jax.tree.map(lambda leaf: leaf[0], routing)):
+        one = blocks.logits.ndim == 2
+        found = summary(
+            blocks, jax.tree.map(lambda leaf: leaf[0], read) if one else read, jnp.zeros(read.module_param.shape[one:])
+        )
+        assert float(found["surprise_output"]) == pytest.approx((3 + 7) / 4 if one else (3 + 7 + 5 + 6) / 6)
+        assert float(found["surprise_param"]) == pytest.approx((3 + 70) / 4 if one else (3 + 70 + 500 + 6000) / 6)
 
 
 def test_an_empty_batch_has_finite_shares():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.struct
 import jax
@@ -18,11 +18,12 @@ from jaxtyping import Array, Float
 
 from tinyonn_jax.layers.routing import Router, Routing, effective, pooled, routing_logits, select, served, totals
 from tinyonn_jax.learning import variational
-from tinyonn_jax.learning.signals import Surprise
+from tinyonn_jax.learning.signals import NeuronSignals, Signals, Surprise
 
 Routers = dict[str, Router]
 Routings = dict[str, Routing]
 Metrics = dict[str, Any]
+T = TypeVar("T")
 
 
 @flax.struct.dataclass
@@ -173,15 +174,25 @@ def _known_bwd(config, saved, g):
 _known.defvjp(lambda router, x, logits, config: (logits, (router, x)), _known_bwd)
 
 
+def by_block(f: Callable[[Routing, Any, Array], T], router: Router, routing: Routing, signals: Signals | NeuronSignals) -> T:
+    """`f(routing, signals, logits)` of a layer, with `logits_of`. Of neurons f is called for each recursion or stacked block by
+    itself and the results are stacked: arrays as large as outputs are not laid side by side first, and stay in a CPU's cache.
+    """
+    logits = logits_of(router, routing)
+    if routing.index is not None or logits.ndim == 2:
+        return f(routing, signals, logits)
+    # As jnp.unstack, but its gradient is one stack: that of slices is a sum of arrays, each zero but for one of them.
+    apart = jax.lax.split(logits, [1] * len(logits))
+    found = []
+    for i, own in enumerate(apart):
+        block = jax.tree.map(lambda leaf, i=i: leaf[i], (routing, signals))
+        found.append(f(block[0], block[1], jnp.squeeze(own, 0)))
+    return jax.tree.map(lambda *results: jnp.stack(results), *found)
+
+
 def mean_over_tokens(values: Float[Array, "*R N"], routing: Routing) -> Array:
     """The mean over valid tokens, of all recursions or layers."""
     return jnp.sum(jnp.where(routing.valid, values, 0)) / jnp.maximum(jnp.sum(routing.valid), 1)
-
-
-def told_apart(name: str, values: Float[Array, "*R N"], routing: Routing, like: Float[Array, "*L M"]) -> Metrics:
-    """The mean over valid tokens; of stacked blocks, which have modules of their own, also each one's, `{name}_by_block`."""
-    each = jnp.sum(jnp.where(routing.valid, values, 0), -1) / jnp.maximum(jnp.sum(routing.valid, -1), 1)
-    return {name: mean_over_tokens(values, routing)} | ({f"{name}_by_block": each} if like.ndim == 2 else {})
 
 
 def initial(params: Any, routings: Routings) -> MetaState:

@@ -23,14 +23,13 @@ from tinyonn_jax.layers.base import entropy
 from tinyonn_jax.layers.routing import Routing, drln, per_module, per_slot, pooled, served
 from tinyonn_jax.learning.rule import (
     LearningRule,
+    by_block,
     initial,
     layers,
-    logits_of,
     mean_over_tokens,
     part,
     record,
     replace_part,
-    told_apart,
 )
 from tinyonn_jax.learning.signals import NeuronSignals, Signals
 
@@ -47,7 +46,8 @@ def _competing(values: Float[Array, "*R M"], routing: Routing) -> Float[Array, "
 def goodness(
     routing: Routing, signals: Signals | NeuronSignals, granularity: Granularity, neuron_cost: Granularity = "module"
 ) -> Float[Array, "*R N S"]:
-    """Importance × (belief − cost), each normalised over the modules that compete; 0 for modules not used, carries no gradient.
+    """Importance × (belief − cost), each normalised over the modules that compete; 0 for modules not used and for padding,
+    carries no gradient.
 
     A value for every module at granularity module (S = M), for every slot at granularity token (S = K): there a token's other
     modules have none. A module counts as used if the batch used it (module), or if the token did (token). With one slot a group
@@ -57,9 +57,10 @@ def goodness(
     belief = drln(_competing(routing.logits, routing))
     if _judged(routing, granularity) == "module":
         importance, cost = signals.module_output[..., None, :], signals.module_param[..., None, :]
-        used = (served(routing) > 0)[..., None, :]
+        used = (served(routing) > 0)[..., None, :] & routing.valid[..., None]
     else:
-        importance, cost, used = signals.attribution, signals.param, routing.active
+        cost, used = signals.param, routing.active
+        importance = signals.delta if isinstance(signals, NeuronSignals) else signals.attribution
         belief = _competing(per_slot(belief.reshape(routing.logits.shape), routing), routing)
         if routing.index is None and neuron_cost == "module":
             cost = signals.module_param[..., None, :]
@@ -69,9 +70,11 @@ def goodness(
 
 
 def _relative(importance: Float[Array, "*R N G S"]) -> Float[Array, "*R N G S"]:
-    """DRLN with an ε at which the batch's largest rounds: a token that pulls on nothing has but rounding errors to compare."""
-    peak = jnp.max(importance, -1, keepdims=True) + ROUNDING * jnp.max(importance)
-    return importance / jnp.where(peak > 0, peak, 1.0)
+    """DRLN of |importance|, with an ε at which the batch's largest rounds: a token that pulls on nothing has but rounding errors
+    to compare."""
+    peak = jnp.max(jnp.abs(importance), -1, keepdims=True)
+    peak = peak + ROUNDING * jnp.max(peak.ravel())
+    return jnp.abs(importance / jnp.where(peak > 0, peak, 1.0))
 
 
 def _judged(routing: Routing, granularity: Granularity) -> Granularity:
@@ -86,24 +89,23 @@ def _laid(good: Float[Array, "*R N S"], routing: Routing, granularity: Granulari
     return _competing(per_module(good, routing) if slots else good, routing)
 
 
-def _totals(values: Float[Array, "*R N G P"], routing: Routing, proto: Float[Array, "*L M D"]) -> Float[Array, "*L M"]:
-    """Sums over valid tokens, and over the recursions that share one router."""
-    total = jnp.where(routing.valid[..., None, None], values, 0).sum(-3)
-    return pooled(total.reshape(*total.shape[:-2], -1), proto[..., 0])
+def _of_modules(values: Float[Array, "*R N G P"]) -> Float[Array, "*R M"]:
+    """Sums over tokens, by module."""
+    total = jnp.sum(values, -3)
+    return total.reshape(*total.shape[:-2], -1)
 
 
 def _mean(values: list[Array]) -> Array:
     return sum(values, jnp.float32(0)) / max(len(values), 1)
 
 
-def imbalance(prior: Float[Array, "*R N G P"], routing: Routing, proto: Float[Array, "*L M D"]) -> Float[Array, ""]:
+def imbalance(chosen: Float[Array, "*L M"], load: Float[Array, "*L M"], per_group: int) -> Float[Array, ""]:
     """P Σ_m load_m p_m, a mean over groups; load: m's share of the slots in use, p: of the mean softmax(prior). 1 when even.
 
-    Both are taken over the batch and the recursions that share a router; load has no gradient. A group that nobody uses counts as
-    even. Source: Switch Transformers (arXiv 2101.03961), eq. 4-6.
+    Both are given as sums over the batch and the recursions that share a router; load has no gradient. A group that nobody uses
+    counts as even. Source: Switch Transformers (arXiv 2101.03961), eq. 4-6.
     """
-    per_group, load = prior.shape[-1], pooled(served(routing), proto[..., 0])
-    p, load = (v.reshape(-1, per_group) for v in (_totals(jax.nn.softmax(prior), routing, proto), load))
+    p, load = (v.reshape(-1, per_group) for v in (chosen, load))
     uneven = per_group * jnp.sum(p * load, -1) / jnp.maximum(jnp.sum(p, -1) * jnp.sum(load, -1), TINY)
     return jnp.mean(jnp.where(jnp.sum(load, -1) > 0, uneven, 1.0))
 
@@ -134,27 +136,38 @@ def sars(
     """
     sign = -1.0 if prior_sign == "bayes" else 1.0
 
+    def shaped(routing, signals, logits):
+        """The entropy of every token's prior `[*R,N]`; and summed over valid tokens, how many modules are good and bad `[*R]`,
+        their goodness `[*R,M]`, and the softmax(prior) that balance asks for `[*R,M]`."""
+        good = goodness(routing, signals, granularity, neuron_cost)
+        laid = _laid(good, routing, granularity)
+        prior = _competing(logits, routing) + sign * laid
+        learned = _competing(centred(logits, routing), routing) + sign * laid if centre else prior
+        chosen = jnp.where(routing.valid[..., None, None], jax.nn.softmax(prior), 0)
+        # Of numbers made once: comparisons on the way into a sum are slow on CPUs.
+        verdict = jnp.where(good > 0, 1.0, jnp.where(good < 0, -1.0, jnp.zeros_like(good)))
+        more, judged = jnp.sum(verdict, (-2, -1)), jnp.sum(jnp.abs(verdict), (-2, -1))
+        return entropy(learned).mean(-1), (judged + more) / 2, (judged - more) / 2, _of_modules(laid), _of_modules(chosen)
+
     def objective(routers, routings, signals, meta):
         losses, shares, uneven, per_layer = [], [], [], {}
         for name, routing in routings.items():
-            proto = routers[name].proto
-            good = goodness(routing, signals[name], granularity, neuron_cost)
-            laid = _laid(good, routing, granularity)
-            logits = logits_of(routers[name], routing)
-            shaped = centred(logits, routing) if centre else logits
-            prior = _competing(shaped, routing) + sign * laid
-            losses.append(mean_over_tokens(entropy(prior).mean(-1), routing))  # entropy [*R,N,G]
+            like = routers[name].proto[..., 0]
+            uncertainty, good, bad, total, chosen = by_block(shaped, routers[name], routing, signals[name])
+            losses.append(mean_over_tokens(uncertainty, routing))
             shares.append(losses[-1] / jnp.log(max(routing.config.per_group, 2)))
             if balance:
-                uneven.append(imbalance(_competing(logits, routing) + sign * laid, routing, proto))
-            tokens = pooled(jnp.sum(routing.valid, -1, keepdims=True), proto[..., 0])
+                uneven.append(imbalance(pooled(chosen, like), pooled(served(routing), like), routing.config.per_group))
+            tokens = jnp.sum(routing.valid, -1)
             found = {}
-            for share, which in (("good_share", good > 0), ("bad_share", good < 0)):
-                of_modules = jnp.sum(which, -1, dtype=jnp.float32) / routing.config.modules
-                found |= told_apart(share, of_modules, routing, proto[..., 0])
+            for share, count in (("good_share", good), ("bad_share", bad)):
+                of_all = lambda count, tokens, m=routing.config.modules: count / (jnp.maximum(tokens, 1) * m)  # noqa: E731
+                found[share] = of_all(jnp.sum(count), jnp.sum(tokens))
+                if like.ndim == 2:  # blocks with modules of their own
+                    found[f"{share}_by_block"] = of_all(count, tokens)
             per_layer[name] = found | {
                 "idle_share": 1 - found["good_share"] - found["bad_share"],
-                "goodness": _totals(laid, routing, proto) / jnp.maximum(tokens, 1),
+                "goodness": pooled(total, like) / jnp.maximum(pooled(tokens[..., None], like), 1),
             }
         found = {"entropy_share": _mean(shares), "layers": per_layer} | ({"loss_balance": _mean(uneven)} if balance else {})
         return _mean(losses) + balance * _mean(uneven), found
@@ -163,8 +176,8 @@ def sars(
         if not goodness_gate:
             return grads
         for name, layer in layers(grads).items():
-            good = goodness(routings[name], signals[name], granularity, neuron_cost)
-            total = _totals(_laid(good, routings[name], granularity), routings[name], part(layer, "router").proto)
+            good = _laid(goodness(routings[name], signals[name], granularity, neuron_cost), routings[name], granularity)
+            total = pooled(_of_modules(good), part(layer, "router").proto[..., 0])
             grads = replace_part(grads, name, "modules", gate(part(layer, "modules"), total > 0))
         return grads
 

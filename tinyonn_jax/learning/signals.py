@@ -106,12 +106,11 @@ def summary(routing: Routing, signals: Signals | NeuronSignals, like: Float[Arra
     dropped = None if routing.dropped is None else jnp.sum(routing.dropped)
     computed = jnp.maximum(slots if dropped is None else slots - dropped, 1)
     choice = routing.index is not None and routing.config.slots_per_group > 1
+    output, param = signals.output, signals.param
     if isinstance(signals, NeuronSignals):
-        output = block_by_block(signals.delta)
-        param = output * signals.token  # the same, without going through all neurons again
-    else:
-        output, param = jnp.sum(signals.output, -1), jnp.sum(signals.param, -1)
-    output = jax.lax.optimization_barrier(output)  # or XLA goes through all slots again for each sum of sums
+        # Behind a barrier, or XLA goes through all neurons again for each sum of these sums.
+        output = jax.lax.optimization_barrier(block_by_block(signals.delta))
+        param = output * signals.token
     by_block = {"active_share_by_block": jnp.sum(used, -1) / (jnp.maximum(jnp.sum(routing.valid, -1), 1) * modules)}
     return {
         "load": load,
@@ -134,13 +133,18 @@ def _computed(routing: Routing) -> Bool[Array, "*R N K"]:
 
 
 def _gating_accuracy(routing: Routing, signals: Signals | NeuronSignals) -> Array:
-    active = _computed(routing).reshape(*routing.active.shape[:-1], routing.config.groups, -1)
-    surprise = signals.param.reshape(active.shape)
-    contested = (active.sum(-1) > 1) & jnp.any(active & (surprise > 0), -1)
-    least = jnp.min(jnp.where(active, surprise, jnp.inf), -1)
-    first = active & (jnp.cumsum(active, -1) == 1)  # slots are sorted by logit
-    right = contested & jnp.any(first & (surprise == least[..., None]), -1)
-    return jnp.sum(right) / jnp.sum(contested)
+    slots_per_group = routing.config.slots_per_group
+    by_group = lambda v: jnp.split(v.reshape(*v.shape[:-1], -1, slots_per_group), slots_per_group, -1)  # noqa: E731
+    # Slot by slot, in order of their logits: a CPU is slow at many sums over a few numbers.
+    met = several = felt = jnp.bool_(False)
+    first = least = jnp.float32(jnp.inf)
+    for active, surprise in zip(by_group(_computed(routing)), by_group(signals.param), strict=True):
+        first = jnp.where(active & ~met, surprise, first)
+        least = jnp.where(active, jnp.minimum(least, surprise), least)
+        several, felt = several | (met & active), felt | (active & (surprise > 0))
+        met = met | active
+    contested = several & felt
+    return jnp.sum(contested & (first == least)) / jnp.sum(contested)
 
 
 def averages(layers: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
