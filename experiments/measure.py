@@ -21,7 +21,7 @@ from tinyonn_jax.arc.batches import Batch
 from tinyonn_jax.config import Config, LearningConfig, ModelConfig, OptimConfig
 from tinyonn_jax.layers import base
 from tinyonn_jax.learning.rule import backprop
-from tinyonn_jax.learning.signals import block_by_block
+from tinyonn_jax.learning.signals import l1_norm
 from tinyonn_jax.models import transformer
 from tinyonn_jax.observe import console
 from tinyonn_jax.observe.files import write_atomically
@@ -96,7 +96,7 @@ def random_batch(sequences: int, length: int) -> Any:
 
 def _every_signal(routers: Any, routings: Any, signals: Any, meta: Any) -> Any:
     """An objective that teaches nothing, but reads all there is: what nothing reads XLA leaves out."""
-    return jnp.float32(0), {"signals": sum(jnp.max(block_by_block(leaf)) for leaf in jax.tree.leaves(signals))}
+    return jnp.float32(0), {"signals": sum(jnp.max(l1_norm(leaf)) for leaf in jax.tree.leaves(signals))}
 
 
 def whole_step(model: ModelConfig, batch: Batch, rule: str = "sars") -> tuple[Callable[[], Any], Any]:

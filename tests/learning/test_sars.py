@@ -299,6 +299,38 @@ def test_neurons_of_recursions_and_blocks_are_judged_one_by_one(granularity, sha
             np.testing.assert_allclose(found[f"{share}_by_block"], [layer[share] for layer in layers], rtol=1e-6)
 
 
+def test_the_gate_and_the_metric_are_of_the_same_goodness():
+    """Also where one block's gradients drown another's in rounding, all of them together: each block is judged by its own."""
+    pair = [neurons(seed)[1:] for seed in (2, 6)]
+    routing, signals = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pair)
+    signals = signals.replace(delta=signals.delta * jnp.asarray([1.0, 1e7])[:, None, None])
+    router, rule = Router(jnp.ones((2, M, D)), jnp.zeros((2, M))), sars(goodness_gate=True)
+
+    @jax.jit
+    def both(modules):
+        _, metrics = rule.objective({"a": router}, {"a": routing}, {"a": signals}, META)
+        kept = rule.adjust({"a": Layer(router, modules)}, None, {"a": routing}, {"a": signals}, META)
+        return metrics["layers"]["a"]["goodness"], kept["a"].modules["w"]
+
+    goodness_of, kept = both({"w": jnp.ones((2, M))})
+    np.testing.assert_array_equal(kept > 0, goodness_of > 0)
+    alone = naive_goodness(*pair[0], "token")[np.asarray(pair[0][0].valid)].mean(0)
+    np.testing.assert_allclose(goodness_of[0], alone, rtol=1e-4, atol=1e-6)
+    assert 0 < np.sum(kept > 0) < kept.size
+
+
+def test_balance_of_recursions_is_that_of_their_tokens_together():
+    pair = [neurons(seed)[1:] for seed in (2, 6)]
+    pair = [(routing.replace(load=None), jax.tree.map(jnp.zeros_like, signals)) for routing, signals in pair]
+    router, objective = Router(jnp.ones((M, D)), jnp.zeros(M)), compiled("token", "reinforce", balance=1.0)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pair)
+    together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(routing for routing, _ in pair))
+    no_surprise = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), pair[0][1])
+    no_surprise = no_surprise.replace(module_output=jnp.zeros(M), module_param=jnp.zeros(M))
+    found, want = (objective(router, *layer)[0][1]["loss_balance"] for layer in (stacked, (together, no_surprise)))
+    assert float(found) == pytest.approx(float(want), rel=1e-6) and float(want) > 1.01
+
+
 def test_entropy_share_is_one_for_uniform_priors_and_near_zero_for_certain_ones():
     _, routing, signals = example()
     zero = jax.tree.map(jnp.zeros_like, signals)

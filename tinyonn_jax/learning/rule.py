@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from tinyonn_jax.layers.routing import Router, Routing, effective, pooled, routing_logits, select, served, totals
 from tinyonn_jax.learning import variational
-from tinyonn_jax.learning.signals import NeuronSignals, Signals, Surprise
+from tinyonn_jax.learning.signals import Surprise
 
 Routers = dict[str, Router]
 Routings = dict[str, Routing]
@@ -174,19 +174,16 @@ def _known_bwd(config, saved, g):
 _known.defvjp(lambda router, x, logits, config: (logits, (router, x)), _known_bwd)
 
 
-def by_block(f: Callable[[Routing, Any, Array], T], router: Router, routing: Routing, signals: Signals | NeuronSignals) -> T:
-    """`f(routing, signals, logits)` of a layer, with `logits_of`. Of neurons f is called for each recursion or stacked block by
-    itself and the results are stacked: arrays as large as outputs are not laid side by side first, and stay in a CPU's cache.
+def by_block(f: Callable[..., T], routing: Routing, *others: Any) -> T:
+    """`f(routing, *others)`. Of neurons with a leading axis, of recursions or stacked blocks, f is called for each by itself and
+    the results are stacked: arrays as large as outputs are not laid side by side first, and stay in a CPU's cache.
     """
-    logits = logits_of(router, routing)
-    if routing.index is not None or logits.ndim == 2:
-        return f(routing, signals, logits)
-    # As jnp.unstack, but its gradient is one stack: that of slices is a sum of arrays, each zero but for one of them.
-    apart = jax.lax.split(logits, [1] * len(logits))
-    found = []
-    for i, own in enumerate(apart):
-        block = jax.tree.map(lambda leaf, i=i: leaf[i], (routing, signals))
-        found.append(f(block[0], block[1], jnp.squeeze(own, 0)))
+    if routing.index is not None or routing.logits.ndim == 2:
+        return f(routing, *others)
+    leaves, tree = jax.tree.flatten((routing, *others))
+    # As jnp.unstack, but the gradient is one stack: that of slices is a sum of arrays, each zero but for one of them.
+    apart = ([jnp.squeeze(part, 0) for part in jax.lax.split(leaf, [1] * len(leaf))] for leaf in leaves)
+    found = [f(*tree.unflatten(block)) for block in zip(*apart, strict=True)]
     return jax.tree.map(lambda *results: jnp.stack(results), *found)
 
 

@@ -26,6 +26,7 @@ from tinyonn_jax.learning.rule import (
     by_block,
     initial,
     layers,
+    logits_of,
     mean_over_tokens,
     part,
     record,
@@ -36,7 +37,8 @@ from tinyonn_jax.learning.signals import NeuronSignals, Signals
 Granularity = Literal["module", "token"]
 TINY = 1e-12
 ROUNDING = 1e-6
-"""Surprise below this share of the batch's largest is no more than the rounding of what it is the difference of."""
+"""Surprise below this share of the batch's largest (of neurons, of one recursion's or block's) is no more than the rounding of
+what it is the difference of."""
 
 
 def _competing(values: Float[Array, "*R M"], routing: Routing) -> Float[Array, "*R G P"]:
@@ -60,6 +62,7 @@ def goodness(
         used = (served(routing) > 0)[..., None, :] & routing.valid[..., None]
     else:
         cost, used = signals.param, routing.active
+        # Of neurons δ, whose size is taken on the way: |δ| would be made for the largest alone.
         importance = signals.delta if isinstance(signals, NeuronSignals) else signals.attribution
         belief = _competing(per_slot(belief.reshape(routing.logits.shape), routing), routing)
         if routing.index is None and neuron_cost == "module":
@@ -70,10 +73,10 @@ def goodness(
 
 
 def _relative(importance: Float[Array, "*R N G S"]) -> Float[Array, "*R N G S"]:
-    """DRLN of |importance|, with an ε at which the batch's largest rounds: a token that pulls on nothing has but rounding errors
+    """DRLN of |importance|, with an ε at which the largest of all rounds: a token that pulls on nothing has but rounding errors
     to compare."""
     peak = jnp.max(jnp.abs(importance), -1, keepdims=True)
-    peak = peak + ROUNDING * jnp.max(peak.ravel())
+    peak = peak + ROUNDING * jnp.max(jnp.squeeze(peak))  # axes of length one would slow a CPU down
     return jnp.abs(importance / jnp.where(peak > 0, peak, 1.0))
 
 
@@ -90,9 +93,14 @@ def _laid(good: Float[Array, "*R N S"], routing: Routing, granularity: Granulari
 
 
 def _of_modules(values: Float[Array, "*R N G P"]) -> Float[Array, "*R M"]:
-    """Sums over tokens, by module."""
+    """Sums over all tokens, by module."""
     total = jnp.sum(values, -3)
     return total.reshape(*total.shape[:-2], -1)
+
+
+def _share(count: Array, tokens: Array, routing: Routing) -> Array:
+    """Of all modules of so many tokens."""
+    return count / (jnp.maximum(tokens, 1) * routing.config.modules)
 
 
 def _mean(values: list[Array]) -> Array:
@@ -136,24 +144,28 @@ def sars(
     """
     sign = -1.0 if prior_sign == "bayes" else 1.0
 
+    def appraised(routing, signals):
+        """Goodness, which is zero for padding, by slot and by module."""
+        good = goodness(routing, signals, granularity, neuron_cost)
+        return good, _laid(good, routing, granularity)
+
     def shaped(routing, signals, logits):
         """The entropy of every token's prior `[*R,N]`; and summed over valid tokens, how many modules are good and bad `[*R]`,
         their goodness `[*R,M]`, and the softmax(prior) that balance asks for `[*R,M]`."""
-        good = goodness(routing, signals, granularity, neuron_cost)
-        laid = _laid(good, routing, granularity)
+        good, laid = appraised(routing, signals)
         prior = _competing(logits, routing) + sign * laid
         learned = _competing(centred(logits, routing), routing) + sign * laid if centre else prior
         chosen = jnp.where(routing.valid[..., None, None], jax.nn.softmax(prior), 0)
         # Of numbers made once: comparisons on the way into a sum are slow on CPUs.
         verdict = jnp.where(good > 0, 1.0, jnp.where(good < 0, -1.0, jnp.zeros_like(good)))
-        more, judged = jnp.sum(verdict, (-2, -1)), jnp.sum(jnp.abs(verdict), (-2, -1))
-        return entropy(learned).mean(-1), (judged + more) / 2, (judged - more) / 2, _of_modules(laid), _of_modules(chosen)
+        more, either = jnp.sum(verdict, (-2, -1)), jnp.sum(jnp.abs(verdict), (-2, -1))
+        return entropy(learned).mean(-1), (either + more) / 2, (either - more) / 2, _of_modules(laid), _of_modules(chosen)
 
     def objective(routers, routings, signals, meta):
         losses, shares, uneven, per_layer = [], [], [], {}
         for name, routing in routings.items():
             like = routers[name].proto[..., 0]
-            uncertainty, good, bad, total, chosen = by_block(shaped, routers[name], routing, signals[name])
+            uncertainty, good, bad, total, chosen = by_block(shaped, routing, signals[name], logits_of(routers[name], routing))
             losses.append(mean_over_tokens(uncertainty, routing))
             shares.append(losses[-1] / jnp.log(max(routing.config.per_group, 2)))
             if balance:
@@ -161,10 +173,9 @@ def sars(
             tokens = jnp.sum(routing.valid, -1)
             found = {}
             for share, count in (("good_share", good), ("bad_share", bad)):
-                of_all = lambda count, tokens, m=routing.config.modules: count / (jnp.maximum(tokens, 1) * m)  # noqa: E731
-                found[share] = of_all(jnp.sum(count), jnp.sum(tokens))
+                found[share] = _share(jnp.sum(count), jnp.sum(tokens), routing)
                 if like.ndim == 2:  # blocks with modules of their own
-                    found[f"{share}_by_block"] = of_all(count, tokens)
+                    found[f"{share}_by_block"] = _share(count, tokens, routing)
             per_layer[name] = found | {
                 "idle_share": 1 - found["good_share"] - found["bad_share"],
                 "goodness": pooled(total, like) / jnp.maximum(pooled(tokens[..., None], like), 1),
@@ -176,9 +187,9 @@ def sars(
         if not goodness_gate:
             return grads
         for name, layer in layers(grads).items():
-            good = _laid(goodness(routings[name], signals[name], granularity, neuron_cost), routings[name], granularity)
-            total = pooled(_of_modules(good), part(layer, "router").proto[..., 0])
-            grads = replace_part(grads, name, "modules", gate(part(layer, "modules"), total > 0))
+            total = by_block(lambda *block: _of_modules(appraised(*block)[1]), routings[name], signals[name])
+            good = pooled(total, part(layer, "router").proto[..., 0]) > 0
+            grads = replace_part(grads, name, "modules", gate(part(layer, "modules"), good))
         return grads
 
     # Of updates too, or the optimizers' momentum would move a module whose gradient is zero.

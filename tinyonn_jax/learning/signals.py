@@ -73,11 +73,12 @@ def _signals(tap: taps.Tap | taps.NeuronTap, routing: Routing) -> Signals | Neur
     return Signals(output, attribution, param, jnp.sqrt(totals(tap.output, routing)), module_param)
 
 
-def block_by_block(values: Float[Array, "*R N M"]) -> Float[Array, "*R N"]:
-    """Σ_m |values| of every token, each recursion's or block's by itself: XLA would lay all of them side by side first."""
-    if values.ndim == 2:
-        return jnp.sum(jnp.abs(values), -1)
-    return jnp.stack(jax.lax.optimization_barrier([jnp.sum(jnp.abs(v), -1) for v in jnp.unstack(values)]))
+def l1_norm(values: Float[Array, "*R N M"]) -> Float[Array, "*R N"]:
+    """Σ_m |values| of every token; of each recursion or block by itself, or XLA would lay all of them side by side first, and
+    behind a barrier, or it would go through all values again for each sum of these sums."""
+    blocks = jnp.unstack(values) if values.ndim == 3 else [values]
+    sums = jax.lax.optimization_barrier([jnp.sum(jnp.abs(block), -1) for block in blocks])
+    return jnp.stack(sums) if values.ndim == 3 else sums[0]
 
 
 def make_taps(routings: Any) -> taps.Taps:
@@ -106,15 +107,15 @@ def summary(routing: Routing, signals: Signals | NeuronSignals, like: Float[Arra
     dropped = None if routing.dropped is None else jnp.sum(routing.dropped)
     computed = jnp.maximum(slots if dropped is None else slots - dropped, 1)
     choice = routing.index is not None and routing.config.slots_per_group > 1
-    output, param = signals.output, signals.param
     if isinstance(signals, NeuronSignals):
-        # Behind a barrier, or XLA goes through all neurons again for each sum of these sums.
-        output = jax.lax.optimization_barrier(block_by_block(signals.delta))
+        output = l1_norm(signals.delta)
         param = output * signals.token
-    by_block = {"active_share_by_block": jnp.sum(used, -1) / (jnp.maximum(jnp.sum(routing.valid, -1), 1) * modules)}
+    else:
+        output, param = signals.output, signals.param
+    apart = {"active_share_by_block": jnp.sum(used, -1) / (jnp.maximum(jnp.sum(routing.valid, -1), 1) * modules)}
     return {
         "load": load,
-        **(by_block if like.ndim == 2 else {}),
+        **(apart if like.ndim == 2 else {}),
         "active_share": slots / (valid * modules),
         "usage_entropy": -jnp.mean(jnp.sum(load * jnp.log(jnp.maximum(load, 1e-9)), -1)) / jnp.log(max(modules, 2)),
         "max_load": jnp.mean(jnp.max(load, -1)) * modules,
@@ -133,16 +134,20 @@ def _computed(routing: Routing) -> Bool[Array, "*R N K"]:
 
 
 def _gating_accuracy(routing: Routing, signals: Signals | NeuronSignals) -> Array:
-    slots_per_group = routing.config.slots_per_group
-    by_group = lambda v: jnp.split(v.reshape(*v.shape[:-1], -1, slots_per_group), slots_per_group, -1)  # noqa: E731
-    # Slot by slot, in order of their logits: a CPU is slow at many sums over a few numbers.
-    met = several = felt = jnp.bool_(False)
-    first = least = jnp.float32(jnp.inf)
-    for active, surprise in zip(by_group(_computed(routing)), by_group(signals.param), strict=True):
+    slots = routing.config.slots_per_group
+    by_slot = lambda v: jnp.moveaxis(v.reshape(*v.shape[:-1], -1, slots), -1, 0)  # noqa: E731
+
+    def meet(so_far, slot):
+        met, several, felt, first, least = so_far
+        active, surprise = slot
         first = jnp.where(active & ~met, surprise, first)
         least = jnp.where(active, jnp.minimum(least, surprise), least)
-        several, felt = several | (met & active), felt | (active & (surprise > 0))
-        met = met | active
+        return (met | active, several | (met & active), felt | (active & (surprise > 0)), first, least), None
+
+    # Slot by slot, in order of their logits: a CPU is slow at many sums over a few numbers.
+    found = by_slot(_computed(routing)), by_slot(signals.param)
+    no, highest = jnp.zeros(found[0].shape[1:], bool), jnp.full(found[1].shape[1:], jnp.inf, jnp.float32)
+    (_, several, felt, first, least), _ = jax.lax.scan(meet, (no, no, no, highest, highest), found, unroll=min(slots, 8))
     contested = several & felt
     return jnp.sum(contested & (first == least)) / jnp.sum(contested)
 
