@@ -61,9 +61,7 @@ def goodness(
         importance, cost = signals.module_output[..., None, :], signals.module_param[..., None, :]
         used = (served(routing) > 0)[..., None, :] & routing.valid[..., None]
     else:
-        cost, used = signals.param, routing.active
-        # Of neurons δ, whose size is taken on the way: |δ| would be made for the largest alone.
-        importance = signals.delta if isinstance(signals, NeuronSignals) else signals.attribution
+        importance, cost, used = signals.attribution, signals.param, routing.active
         belief = _competing(per_slot(belief.reshape(routing.logits.shape), routing), routing)
         if routing.index is None and neuron_cost == "module":
             cost = signals.module_param[..., None, :]
@@ -73,11 +71,10 @@ def goodness(
 
 
 def _relative(importance: Float[Array, "*R N G S"]) -> Float[Array, "*R N G S"]:
-    """DRLN of |importance|, with an ε at which the largest of all rounds: a token that pulls on nothing has but rounding errors
-    to compare."""
-    peak = jnp.max(jnp.abs(importance), -1, keepdims=True)
+    """DRLN with an ε at which the largest of all rounds: a token that pulls on nothing has but rounding errors to compare."""
+    peak = jnp.max(importance, -1, keepdims=True)
     peak = peak + ROUNDING * jnp.max(jnp.squeeze(peak))  # axes of length one would slow a CPU down
-    return jnp.abs(importance / jnp.where(peak > 0, peak, 1.0))
+    return importance / jnp.where(peak > 0, peak, 1.0)
 
 
 def _judged(routing: Routing, granularity: Granularity) -> Granularity:
