@@ -153,6 +153,12 @@ def test_names_that_do_not_match_are_refused():
         rules.initial({"a": layer()}, {"b": use(1, 1)})
 
 
+def test_blocks_of_blocks_are_refused():
+    twice = jax.tree.map(lambda leaf: leaf[None, None], layer())
+    with pytest.raises(ValueError, match=r"'a'.*one leading axis.*\[1, 1, "):
+        rules.initial({"a": twice}, {"a": use(1, 1)})
+
+
 @jax.tree_util.register_dataclass
 @dataclass
 class Own:

@@ -407,3 +407,14 @@ def test_a_step_passes_the_search_for_nans():
     tx = make_optimizer(OPTIM, 10)
     with jax.debug_nans(True):
         make_train_step(network(ALONE), sars(), tx)(start(sars(), tx, ALONE), BATCH)
+
+
+@pytest.mark.parametrize("rule", [sars(), msaps()], ids=["sars", "msaps"])
+def test_a_state_keeps_its_types_with_parameters_in_float64(rule):
+    with jax.enable_x64(True):
+        double = lambda tree: jax.tree.map(lambda v: v.astype(jnp.float64), tree)  # noqa: E731
+        tx = make_optimizer(OPTIM, 10)
+        state = start(rule, tx, ALONE, double(parameters(ALONE)))
+        new, _ = jax.eval_shape(make_train_step(network(ALONE), rule, tx), state, double(BATCH))
+        assert state.params["w_head"].dtype == new.ema["w_head"].dtype == jnp.float64
+        chex.assert_trees_all_equal_dtypes(new, jax.eval_shape(lambda: state))

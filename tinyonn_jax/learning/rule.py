@@ -196,7 +196,8 @@ def initial(params: Any, routings: Routings) -> MetaState:
     """A state with zero records, for rules that keep nothing else.
 
     Raises:
-        ValueError: the routings' names are not those of the routed layers in `params`.
+        ValueError: the routings' names are not those of the routed layers in `params`, or a layer's parameters have more than
+            one leading axis.
     """
     found = routers(params)
     if set(found) != set(routings):
@@ -204,6 +205,10 @@ def initial(params: Any, routings: Routings) -> MetaState:
             f"routings {sorted(routings)} do not match the routed layers of params {sorted(found)}: name each by its dotted path"
             + ("" if found else f" ({type(params).__name__}: layers are found in dicts, structs, named tuples, lists and tuples)")
         )
+    for name, router in found.items():
+        if router.proto.ndim > 3:
+            shape = list(router.proto.shape)
+            raise ValueError(f"layer {name!r} may have one leading axis, of stacked blocks, before [modules, dim]; got {shape}")
     records = {name: jnp.zeros(router.proto.shape[:-1], jnp.float32) for name, router in found.items()}
     even = {name: jnp.full_like(total, 1 / total.shape[-1]) for name, total in records.items()}
     return MetaState(records=records, accuracy=jnp.float32(0), prior=even)
@@ -214,7 +219,7 @@ def record(meta: MetaState, routings: Routings, signals: Surprise, metrics: Metr
     records = {}
     for name, total in meta.records.items():
         records[name] = total + pooled(served(routings[name]), total)
-    accuracy = jnp.asarray(metrics.get("main_acc", meta.accuracy))
+    accuracy = jnp.asarray(metrics.get("main_acc", meta.accuracy), meta.accuracy.dtype)
     accuracy = jnp.where(jnp.isfinite(accuracy), accuracy, meta.accuracy)  # of a batch in which nothing counts
     prior = {name: variational.follow(old, routings[name], decay) for name, old in meta.prior.items()}
     return replace(meta, records=records, prior=prior, accuracy=decay * meta.accuracy + (1 - decay) * accuracy)

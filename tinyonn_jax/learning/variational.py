@@ -28,4 +28,5 @@ def divergence(q: Float[Array, "*L M"], p: Float[Array, "*L M"]) -> Float[Array,
 def follow(prior: Float[Array, "*L M"], routing: Routing, decay: float) -> Float[Array, "*L M"]:
     """The prior after a batch: it keeps the share `decay` of itself, and takes the rest from the batch's posterior, if any."""
     q = posterior(routing, prior)
-    return jnp.where(jnp.sum(q, -1, keepdims=True) > 0, decay * prior + (1 - decay) * q, prior)
+    moved = (decay * prior + (1 - decay) * q).astype(prior.dtype)  # of parameters in float64 q is, too
+    return jnp.where(jnp.sum(q, -1, keepdims=True) > 0, moved, prior)
