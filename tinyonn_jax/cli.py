@@ -12,8 +12,10 @@ import shlex
 import shutil
 import socket
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_args
 
@@ -239,26 +241,45 @@ def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
             jax.config.update("jax_compilation_cache_dir", os.path.join(home, "tinyonn_jax", "xla"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if distributed:
-        count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-        address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-        if address and not address.rpartition(":")[2].isdecimal():
-            raise ConfigError(f"--distributed: JAX_COORDINATOR_ADDRESS must be HOST:PORT, got {address}")
-        if address and index == "0":
-            _require_free(address)
-        try:
-            jax.distributed.initialize(
-                num_processes=int(count) if count else None,
-                process_id=int(index) if index else None,
-                heartbeat_timeout_seconds=30,  # after which a process that hangs, waiting for one that was killed, is ended
-            )
-        except ValueError as error:
-            raise ConfigError(f"--distributed: {str(error).rstrip('.')}; it needs one of: {_ONE_OF_MANY}") from None
+        _find_others()
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
         wanted, reason = os.environ.get("JAX_PLATFORMS"), str(error).partition("\n")[0] or "JAX is not installed for it"
         asked = f"; unset JAX_PLATFORMS={wanted} to take what is here" if wanted else ""
         raise ConfigError(f"no device can be used: {reason}{asked}") from None
+
+
+def _find_others() -> None:
+    """Makes this process one of many, as the cluster or the environment says; a line in time if the others let wait for them.
+
+    Raises:
+        ConfigError: nothing says it, or the port is taken.
+    """
+    count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address and not address.rpartition(":")[2].isdecimal():
+        raise ConfigError(f"--distributed: JAX_COORDINATOR_ADDRESS must be HOST:PORT, got {address}")
+    if address and index == "0":
+        _require_free(address)
+    this = f" (this is number {index} of {count}, from 0)" if count and index else ""
+    who = f"the other processes of this run{f' at {address}' if address else ''}{this}"
+    waiting = threading.Timer(10, partial(print, f"waiting for {who}, for five minutes at most", file=sys.stderr, flush=True))
+    waiting.daemon = True
+    waiting.start()
+    # The training loop saves all at SIGTERM; JAX's own service for that would keep it from ending a process at any other time.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None,
+            process_id=int(index) if index else None,
+            initialization_timeout=300,  # seconds
+            heartbeat_timeout_seconds=30,  # after which a process that hangs, waiting for one that was killed, is ended
+        )
+    except ValueError as error:
+        raise ConfigError(f"--distributed: {str(error).rstrip('.')}; it needs one of: {_ONE_OF_MANY}") from None
+    finally:
+        waiting.cancel()
 
 
 def _require_free(address: str) -> None:
@@ -352,9 +373,7 @@ def leave(status: int) -> NoReturn:
 
 def interrupted(*_: Any) -> NoReturn:
     """Ctrl-C while nothing is there to be saved: ends at once, with 130. KeyboardInterrupt, Python's way, is lost where it
-    comes up in a callback, say the garbage collector's, to which JAX gives one; only processes of one run need its way out."""
-    if jax.distributed.is_initialized():
-        raise KeyboardInterrupt
+    comes up in a callback, say the garbage collector's, to which JAX gives one; and would wait for other processes of the run."""
     with contextlib.suppress(RuntimeError):  # in the middle of a print
         sys.stdout.flush()
     os.write(2, b"error: interrupted\n")

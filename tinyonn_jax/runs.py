@@ -11,7 +11,6 @@ import json
 import platform
 import shlex
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tinyonn_jax import __version__
@@ -49,8 +47,8 @@ from tinyonn_jax.observe.metrics import training_seconds
 from tinyonn_jax.observe.writers import MetricsWriter, read_metrics
 from tinyonn_jax.presets import PRESETS
 from tinyonn_jax.stored import differences, from_json, plain, to_json
-from tinyonn_jax.training import assemble, loop, sharding
-from tinyonn_jax.training.checkpoint import Checkpoints, meet
+from tinyonn_jax.training import assemble, loop, processes, sharding
+from tinyonn_jax.training.checkpoint import Checkpoints
 from tinyonn_jax.training.objective import make_rule
 from tinyonn_jax.training.state import TrainState
 from tinyonn_jax.training.step import Step
@@ -196,7 +194,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _train(run: Run, started: float | None, profile: int) -> None:
     folder, config, sets = run.folder, run.config, run.sets
-    _agree(config)
+    if jax.process_count() > 1:
+        processes.share(folder)
+        agree(run)
     mesh = sharding.make_mesh(config.mesh)
     process, feeding = jax.process_index(), sharding.feeding(mesh)
     course = _course(run, feeding, mesh)
@@ -217,7 +217,7 @@ def _train(run: Run, started: float | None, profile: int) -> None:
         platform = mesh.devices.flat[0].platform
         say(f"grouped matmul: {grouped.title(config.mesh.grouped, platform)} ({platform})")
 
-    meet("start")  # the first collective follows, and gives up on those who are late (Gloo: after half a minute)
+    processes.meet("start")  # the first collective follows, and gives up on those who are late (Gloo: after half a minute)
     with Checkpoints(folder / CHECKPOINTS, config.train.keep, plain(config), say) as checkpoints:
         state = checkpoints.restore(program.like)
         if state is None:
@@ -352,14 +352,13 @@ def _skipped(sets: TaskSets) -> list[str]:
     return [f"{sets.skipped} invalid tasks skipped"] if sets.skipped else []
 
 
-def _agree(config: Config) -> None:
-    """Raises ConfigError, in every process of a run, if they were started with different options: they would train apart."""
-    if jax.process_count() == 1:
-        return
-    meet("options")
-    mine = np.uint32(zlib.crc32(to_json(config).encode()))
-    if len(np.unique(multihost_utils.process_allgather(mine))) > 1:
-        raise ConfigError("the processes of this run were started with different options: give all of them the same command")
+def agree(run: Run, **facts: str) -> None:
+    """Checks that all processes have the same run before them, and the same of whatever else is named.
+
+    Raises:
+        ConfigError: they have not: they would train apart, or answer with several networks.
+    """
+    processes.agree(options=to_json(run.config), tasks=tasks_to_json(run.sets), code=__version__, **facts)
 
 
 def _idle(run: Run) -> list[str]:

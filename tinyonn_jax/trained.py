@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tinyonn_jax.arc import submission
@@ -26,10 +25,10 @@ from tinyonn_jax.layers import base
 from tinyonn_jax.models import transformer
 from tinyonn_jax.observe.console import Progress
 from tinyonn_jax.observe.metrics import duration
-from tinyonn_jax.runs import CHECKPOINTS, Run, Say
+from tinyonn_jax.runs import CHECKPOINTS, Run, Say, agree
 from tinyonn_jax.stored import plain
-from tinyonn_jax.training import assemble, sharding
-from tinyonn_jax.training.checkpoint import meet, restore_params
+from tinyonn_jax.training import assemble, processes, sharding
+from tinyonn_jax.training.checkpoint import restore_params
 from tinyonn_jax.uses import idle
 
 Which = int | Literal["latest", "best"]
@@ -76,15 +75,15 @@ class Trained:
 
     def _work(self, done: str, say: Say | None) -> dict[str, Any]:
         """What answering and ranking need to know alike; `done` says what happens to sequences."""
-        config, processes = self.run.config, jax.process_count()
+        config, count = self.run.config, jax.process_count()
         return {
             "task_ids": self.run.sets.task_ids,
             "data": config.data,
             "cfg": config.eval,
             "seed": config.train.seed,
             "progress": None if say is None else _pace(done, say),
-            "process": (jax.process_index(), processes),
-            "gather": _gather if processes > 1 else None,
+            "process": (jax.process_index(), count),
+            "gather": partial(processes.gather, place="answers") if count > 1 else None,
         }
 
     def per_recursion(self, tasks: tuple[Task, ...]) -> list[float] | None:
@@ -148,16 +147,18 @@ def evaluate(run: Run, checkpoint: Which) -> dict[str, Any] | None:
     compilation included.
 
     Raises:
-        CheckpointError, ConfigError: see `load`.
+        CheckpointError: see `load`.
+        ConfigError: see there; or the processes differ in what they are to do.
     """
-    process, processes = jax.process_index(), jax.process_count()
+    process, count = jax.process_index(), jax.process_count()
     if not process and not os.access(run.folder, os.W_OK):  # better now than when all is decoded
         raise ConfigError(f"{run.folder}: cannot be written to, and score.json belongs there; check its permissions")
     say = Progress(0, process=process).line
     trained = load(run, checkpoint, say)
     run = trained.run
-    if processes > 1:
-        say(f"{processes} processes share the sequences; progress is that of the first")
+    if count > 1:
+        agree(run, checkpoints=str(trained.step))
+        say(f"{count} processes share the sequences; progress is that of the first")
     started = time.monotonic()
     predictions = trained.answer(run.sets.evaluation, say)
     seconds = time.monotonic() - started
@@ -177,14 +178,8 @@ def evaluate(run: Run, checkpoint: Which) -> dict[str, Any] | None:
     score = save(eval=asdict(run.config.eval))
     if run.config.model.recursed and not process:
         score = save(eval=asdict(run.config.eval), greedy_per_recursion=trained.per_recursion(run.sets.evaluation))
-    meet("score")
+    processes.meet("score")
     return score
-
-
-def _gather(mine: Any) -> Any:
-    """Arrays `[P,…]` of each process's own. They meet first, for a collective gives up on those who are late."""
-    meet("answers")
-    return multihost_utils.process_allgather(mine)
 
 
 def find_task(run: Run, name: str) -> Task:

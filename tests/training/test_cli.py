@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +28,21 @@ def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (130, "begun\n", "error: interrupted\n")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_one_of_many_processes_at_once_while_nothing_is_there_to_be_saved(signum, unused_port):
+    """JAX's own ways are to wait for the others, five minutes, and to take note of SIGTERM."""
+    code = (
+        "import signal, time; from tinyonn_jax import cli; signal.signal(signal.SIGINT, cli.interrupted);"
+        "cli.set_up(distributed=True); print('begun', flush=True); time.sleep(60)"
+    )
+    alone = {"JAX_COORDINATOR_ADDRESS": f"localhost:{unused_port}", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **alone}) as program:
+        assert program.stdout and program.stdout.readline() == "begun\n"
+        program.send_signal(signum)
+        assert program.wait(timeout=20) == (130 if signum == signal.SIGINT else -signum)
 
 
 def test_a_start_that_finds_nothing_to_learn_from_leaves_no_trace_in_the_next(tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from tinyonn_jax.config import ConfigError
-from tinyonn_jax.training import sharding
+from tinyonn_jax.training import processes, sharding
 from tinyonn_jax.training.checkpoint import steps
 
 ROOT = Path(__file__).parents[2]
@@ -49,10 +50,14 @@ def finish(program: subprocess.Popen[str], status: int) -> str:
     return out
 
 
-def start_two(folder: Path, command: tuple[str, ...], port: int, *flags: str) -> list[subprocess.Popen[str]]:
+def start_one_of_two(i: int, folder: Path, command: tuple[str, ...], port: int, *flags: str) -> subprocess.Popen[str]:
     shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
     shared["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
-    return [start(folder, command, "--distributed", *flags, **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    return start(folder, command, "--distributed", *flags, **shared, JAX_PROCESS_ID=str(i))
+
+
+def start_two(folder: Path, command: tuple[str, ...], port: int, *flags: str) -> list[subprocess.Popen[str]]:
+    return [start_one_of_two(i, folder, command, port, *flags) for i in range(2)]
 
 
 def reach(folder: Path, step: int, programs: list[subprocess.Popen[str]]) -> list[subprocess.Popen[str]]:
@@ -139,20 +144,45 @@ def test_two_processes_share_an_evaluation_and_the_first_writes_the_score_of_one
             assert [c[key] for c in entry["candidates"]] == pytest.approx([c[key] for c in other["candidates"]], abs=1e-4)
 
 
-def mesh_of(processes: list[int], expert: int) -> SimpleNamespace:
+def test_two_processes_that_would_not_do_the_same_are_refused_in_one_line(reference, tmp_path, unused_port):
+    def refused(programs: list[subprocess.Popen[str]], why: str) -> None:
+        for program in programs:
+            err = program.communicate(timeout=180)[1]
+            assert program.returncode == 2 and re.fullmatch(f"error: .*{why}.*\n", err), err
+
+    apart = [start_one_of_two(i, tmp_path / name, TRAIN, unused_port) for i, name in enumerate("ab")]
+    refused(apart, "process 1 sees another folder.*--workdir must be the same")
+    commands = [("evaluate", "--augmentations", count) for count in ("4", "8")]
+    refused([start_one_of_two(i, reference, c, unused_port) for i, c in enumerate(commands)], "different options: ")
+    assert not any((tmp_path / "a").glob(".shared*"))
+
+
+def test_what_processes_differ_in_is_named(monkeypatch):
+    def beside(**others):
+        """What `agree` does where another process has `others`."""
+        theirs = [zlib.crc32(fact.encode()) for fact in others.values()]
+        monkeypatch.setattr(processes, "gather", lambda mine, place: np.stack([mine, np.array(theirs, mine.dtype)]))
+        processes.agree(options="o", tasks="t", checkpoints="60")
+
+    beside(options="o", tasks="t", checkpoints="60")
+    with pytest.raises(ConfigError, match="different tasks and checkpoints: "):
+        beside(options="o", tasks="T", checkpoints="50")
+
+
+def mesh_of(owners: list[int], expert: int) -> SimpleNamespace:
     """A mesh of devices that belong to these processes, `expert` of them side by side."""
-    devices = np.array([SimpleNamespace(process_index=p) for p in processes]).reshape(-1, 1, expert)
+    devices = np.array([SimpleNamespace(process_index=p) for p in owners]).reshape(-1, 1, expert)
     return SimpleNamespace(devices=devices, shape={"data": len(devices), "fsdp": 1, "expert": expert})
 
 
 @pytest.mark.parametrize(
-    ("processes", "expert", "slices"),
+    ("owners", "expert", "slices"),
     [([0, 0, 1, 1], 1, {0: (0, 2), 1: (1, 2)}), ([0, 0, 1, 1], 2, {0: (0, 2), 1: (1, 2)}), ([0, 1], 2, {0: (0, 1), 1: (0, 1)})],
 )
-def test_a_process_feeds_the_rows_that_its_devices_hold(processes, expert, slices, monkeypatch):
+def test_a_process_feeds_the_rows_that_its_devices_hold(owners, expert, slices, monkeypatch):
     for process, expected in slices.items():
         monkeypatch.setattr(sharding.jax, "process_index", lambda p=process: p)
-        assert sharding.feeding(mesh_of(processes, expert)) == expected
+        assert sharding.feeding(mesh_of(owners, expert)) == expected
 
 
 def test_processes_that_share_rows_in_part_are_one_clear_line():

@@ -24,12 +24,12 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint._src.metadata.array_metadata_store import Store
 
 from tinyonn_jax.stored import differences
+from tinyonn_jax.training.processes import meet
 
 _OWN_ITEMS = ("params", "ema")
 _CHECKSUMS = "checksums.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _LOST = re.compile(r"Gloo|NCCL|[Cc]oordination|[Bb]arrier|Connection |UNAVAILABLE|DEADLINE_EXCEEDED")  # not the storage
-_FOREVER = 30 * 24 * 3_600_000  # milliseconds
 _WHOLE_BELOW = 2**20  # bytes
 S = TypeVar("S")
 Say = Callable[[str], None]
@@ -201,11 +201,6 @@ def restore_params(
         if not isinstance(error, FileNotFoundError) and "NOT_FOUND" not in str(error):  # which is what TensorStore says
             raise
         raise CheckpointError(f"{folder}: checkpoints were removed just now; try again") from None  # by who trains there
-
-
-def meet(place: str) -> None:
-    """Returns when all processes are here, however long that takes; an error if one of them dies."""
-    ocp.multihost.get_barrier_sync_fn()(key=place, timeout_ms=_FOREVER)
 
 
 def _writer() -> ocp.PyTreeCheckpointHandler:

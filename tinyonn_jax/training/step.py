@@ -181,8 +181,8 @@ def make_train_step(
 
     `loss_fn(params, taps, batch) -> (loss, Aux)`; `taps` is None or a dict to hand to the layers, by the same names as the
     routings. `ema` is the decay of the parameters' moving average (0: the parameters themselves); `pi` the α and γ of predictive
-    integrity, which is reported where the loss function reports `tau`. The optimizer is told `value`, the loss, too, but not the loss
-    function: one that searches along a line, as lbfgs, goes without (`linesearch=None`).
+    integrity, which is reported where the loss function reports `tau`. The optimizer is told `value`, the loss, too; one that
+    searches along a line, as lbfgs, would need the loss function, and goes without (`linesearch=None`).
 
     Raises:
         TypeError: the rule is not one.
