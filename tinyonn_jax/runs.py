@@ -173,9 +173,20 @@ def train(run: Run, started: float | None = None, profile: int = 0) -> None:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keeps others from training into a folder; the system lets go of it, however this process, the first of its run, ends."""
-    if jax.process_index() > 0:
+    with contextlib.ExitStack() as held:
+        with processes.by_first(ConfigError) as first:
+            if first:
+                held.enter_context(_locked(folder))
         yield
-        return
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """With the lock of a folder, which is made where it is missing.
+
+    Raises:
+        ConfigError: another process has it, or the folder cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

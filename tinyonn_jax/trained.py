@@ -151,8 +151,9 @@ def evaluate(run: Run, checkpoint: Which) -> dict[str, Any] | None:
         ConfigError: see there; or the processes differ in what they are to do.
     """
     process, count = jax.process_index(), jax.process_count()
-    if not process and not os.access(run.folder, os.W_OK):  # better now than when all is decoded
-        raise ConfigError(f"{run.folder}: cannot be written to, and score.json belongs there; check its permissions")
+    with processes.by_first(ConfigError) as first:
+        if first and not os.access(run.folder, os.W_OK):  # better now than when all is decoded
+            raise ConfigError(f"{run.folder}: cannot be written to, and score.json belongs there; check its permissions")
     say = Progress(0, process=process).line
     trained = load(run, checkpoint, say)
     run = trained.run

@@ -18,7 +18,7 @@ import pytest
 
 from tinyonn_jax.config import MeshConfig
 from tinyonn_jax.layers.base import Param, init, normal
-from tinyonn_jax.training import checkpoint, sharding
+from tinyonn_jax.training import checkpoint, processes, sharding
 from tinyonn_jax.training.checkpoint import CheckpointError, Checkpoints, restore_params, steps
 from tinyonn_jax.training.state import TrainState
 
@@ -80,6 +80,18 @@ def test_a_rule_may_keep_keys_of_random_numbers(tmp_path):
         checkpoints.save(3, state)
     found, _ = restore(tmp_path, state)
     assert found is not None and jnp.all(found.meta.records["key"] == jax.random.key(5))
+
+
+def test_arrays_of_numpy_are_stored_and_what_cannot_be_is_named(tmp_path):
+    with Checkpoints(tmp_path, config={"model": {"dim": 64}}) as checkpoints:
+        checkpoints.save(1, on_host(make(1)))
+        with pytest.raises(ValueError, match=r"\['none'\] has shape \[0, 3\]"):
+            checkpoints.save(2, make(2).replace(params={"none": jnp.zeros((0, 3))}))
+        gone = make(3)
+        jax.jit(lambda s: jax.tree.map(lambda x: x, s), donate_argnums=0)(gone)
+        with pytest.raises(ValueError, match=r"\['proto'\] was donated to a step"):
+            checkpoints.save(3, gone)
+    chex.assert_trees_all_equal(restore(tmp_path)[0], make(1))
 
 
 def test_a_state_may_be_donated_while_it_is_written(tmp_path):
@@ -256,11 +268,12 @@ def test_of_several_processes_the_first_alone_clears_away(tmp_path, monkeypatch,
     before, met = sorted(tmp_path.rglob("*")), []
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(checkpoint, "meet", met.append)
-    monkeypatch.setattr(checkpoint.multihost_utils, "broadcast_one_to_all", lambda _: np.bool_(not readable))
-    with contextlib.nullcontext() if readable else pytest.raises(CheckpointError, match="the first process"):
+    monkeypatch.setattr(processes, "meet", met.append)
+    heard = np.frombuffer((b"" if readable else "none can be read – at all".encode()).ljust(100), np.uint8)
+    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", lambda _: heard)
+    with contextlib.nullcontext() if readable else pytest.raises(CheckpointError, match=r"^none can be read – at all$"):
         checkpoint._tidy(tmp_path, print)
-    assert met == ["checkpoints"] and sorted(tmp_path.rglob("*")) == before
+    assert met == ["first"] and sorted(tmp_path.rglob("*")) == before
 
 
 def test_saving_a_step_that_is_there_changes_nothing(tmp_path):

@@ -109,7 +109,10 @@ def test_two_processes_train_as_one_and_whoever_is_left_goes_on(reference, tmp_p
 
     pair = reach(folder, 75, start_two(folder, TRAIN, unused_port, "--mesh.fsdp", "1"))
     pair[1].send_signal(signal.SIGTERM)  # both save, at the same step
-    said = [finish(program, 128 + signal.SIGTERM) for program in pair]
+    first = finish(pair[0], 128 + signal.SIGTERM)
+    second, noted = pair[1].communicate(timeout=180)
+    assert "SIGTERM: saving when all processes know of it" in noted and pair[1].returncode == 128 + signal.SIGTERM
+    said = [first, second]
     assert re.search(r"going on from step [56]0", said[0])
     lines = {line for out in said for line in out.splitlines() if "resume with" in line}
     stopped = saved(folder)
@@ -150,6 +153,8 @@ def test_two_processes_that_would_not_do_the_same_are_refused_in_one_line(refere
             err = program.communicate(timeout=180)[1]
             assert program.returncode == 2 and re.fullmatch(f"error: .*{why}.*\n", err), err
 
+    (tmp_path / "file").touch()  # which the first process alone finds out
+    refused(start_two(tmp_path / "file" / "run", TRAIN, unused_port), "is a file, or lies in one")
     apart = [start_one_of_two(i, tmp_path / name, TRAIN, unused_port) for i, name in enumerate("ab")]
     refused(apart, "process 1 sees another folder.*--workdir must be the same")
     commands = [("evaluate", "--augmentations", count) for count in ("4", "8")]

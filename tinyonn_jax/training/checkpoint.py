@@ -20,11 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint._src.metadata.array_metadata_store import Store
 
 from tinyonn_jax.stored import differences
-from tinyonn_jax.training.processes import meet
+from tinyonn_jax.training.processes import by_first
 
 _OWN_ITEMS = ("params", "ema")
 _CHECKSUMS = "checksums.json"
@@ -95,8 +94,9 @@ class Checkpoints:
         Raises:
             CheckpointError: this save, or the one still in flight, could not be written; the one before it is intact.
             TypeError: the state is something else.
+            ValueError: an array of it has no elements, which Orbax does not store, or was donated to a step.
         """
-        items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}
+        items = {name: ocp.args.PyTreeSave(_storable(tree)) for name, tree in _items(state).items()}
         with self._one_line():
             self._manager.wait_until_finished()
             if step in self._manager.all_steps():
@@ -224,6 +224,21 @@ def _items(state: Any) -> dict[str, Any]:
     return {**own, "training": fields}
 
 
+def _storable(tree: Any) -> Any:
+    """A tree whose arrays are JAX's, and can be stored.
+
+    Raises:
+        ValueError: one cannot.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path)
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise ValueError(f"{name} was donated to a step: save the state that the step returned")
+        if np.size(leaf) == 0:
+            raise ValueError(f"{name} has shape {list(np.shape(leaf))}: arrays without elements are not stored")
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf, tree)
+
+
 def _sections(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration as JSON gives it back, if it is fields by section."""
     if not all(isinstance(fields, Mapping) for fields in config.values()):
@@ -337,21 +352,11 @@ def _remove(path: Path) -> None:
 
 def _tidy(folder: Path, say: Say) -> None:
     """One process sets damaged checkpoints aside and removes unfinished ones; the others wait, and learn whether any is left."""
-    none_left = None
-    if jax.process_index() == 0:
-        try:
-            for step in _undamaged(folder, say)[1]:
-                _set_aside(folder / str(step))
-            for unfinished in folder.glob(f"*{_UNFINISHED}*"):
-                _remove(unfinished)
-        except CheckpointError as error:
-            none_left = error
-    if jax.process_count() > 1:
-        meet("checkpoints")  # reading large ones takes longer than a collective waits
-        if multihost_utils.broadcast_one_to_all(np.bool_(none_left is not None)):
-            none_left = none_left or CheckpointError(f"{folder}: no checkpoint can be read, as the first process says")
-    if none_left is not None:
-        raise none_left
+    with by_first(CheckpointError) as first:
+        for step in _undamaged(folder, say)[1] if first else ():
+            _set_aside(folder / str(step))
+        for unfinished in folder.glob(f"*{_UNFINISHED}*") if first else ():
+            _remove(unfinished)
 
 
 def _rank(metrics: Mapping[str, float | None]) -> float:

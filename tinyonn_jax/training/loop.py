@@ -6,10 +6,12 @@ from 1: row, checkpoint and state n are those after n updates.
 """
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -137,7 +139,9 @@ def run(
             display.update(n, row)
 
     last: tuple[int, dict[str, Any], B] | None = None
-    with stop_signals(display.line) as stop:
+    # Of several processes only the first has a display, and each may be the one that is told to stop.
+    say = display.line if jax.process_index() == 0 else partial(print, file=sys.stderr, flush=True)
+    with stop_signals(say) as stop:
         for n in range(int(state.step) + 1, cfg.steps + 1):
             batch = batch_at(n - 1)
             state, metrics = step(state, put(batch))

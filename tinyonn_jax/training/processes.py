@@ -6,8 +6,10 @@ They meet first, however long that takes: a collective gives up on those who are
 import os
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +20,8 @@ from tinyonn_jax.config import ConfigError
 
 _FOREVER = 30 * 24 * 3_600_000  # milliseconds
 _PATIENCE = 15  # seconds that a file may take to be seen elsewhere
+_WORDS = 2000  # bytes
+E = TypeVar("E", bound=Exception)
 
 
 def meet(place: str) -> None:
@@ -43,6 +47,24 @@ def agree(**facts: str) -> None:
             f"the processes of this run were started with different {' and '.join(different)}: give all of them the same "
             "command, code and data"
         )
+
+
+@contextmanager
+def by_first(kind: type[E]) -> Iterator[bool]:
+    """For what the first process alone does: it is given True, the others False. An error of that kind, or an OSError, is raised
+    in all of them, in its words."""
+    error: Exception | None = None
+    try:
+        yield jax.process_index() == 0
+    except (kind, OSError) as raised:
+        error = raised
+    if jax.process_count() > 1:
+        meet("first")
+        words = np.frombuffer(str(error or "").encode()[:_WORDS].ljust(_WORDS), np.uint8)
+        said = bytes(np.asarray(multihost_utils.broadcast_one_to_all(words), np.uint8)).decode(errors="replace").strip()
+        error = error or (kind(said) if said else None)
+    if error is not None:
+        raise error
 
 
 def share(folder: Path) -> None:
