@@ -251,7 +251,7 @@ def set_up(compilation_cache: bool = True, distributed: bool = False) -> None:
 
 
 def _find_others() -> None:
-    """Makes this process one of many, as the cluster or the environment says; a line in time if the others let wait for them.
+    """Makes this process one of many, as the cluster or the environment says; after ten seconds it says whom it waits for.
 
     Raises:
         ConfigError: nothing says it, or the port is taken.
