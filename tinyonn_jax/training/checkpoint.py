@@ -353,10 +353,11 @@ def _remove(path: Path) -> None:
 def _tidy(folder: Path, say: Say) -> None:
     """One process sets damaged checkpoints aside and removes unfinished ones; the others wait, and learn whether any is left."""
     with by_first(CheckpointError) as first:
-        for step in _undamaged(folder, say)[1] if first else ():
-            _set_aside(folder / str(step))
-        for unfinished in folder.glob(f"*{_UNFINISHED}*") if first else ():
-            _remove(unfinished)
+        if first:
+            for step in _undamaged(folder, say)[1]:
+                _set_aside(folder / str(step))
+            for unfinished in folder.glob(f"*{_UNFINISHED}*"):
+                _remove(unfinished)
 
 
 def _rank(metrics: Mapping[str, float | None]) -> float:
