@@ -40,8 +40,7 @@ from tinyonn_jax.models.flops import useful_flops
 from tinyonn_jax.presets import PRESETS
 from tinyonn_jax.training import assemble, optim
 from tinyonn_jax.training.objective import make_loss, make_rule
-from tinyonn_jax.training.state import TrainState
-from tinyonn_jax.training.step import make_train_step
+from tinyonn_jax.training.step import init_state, make_train_step
 
 host.tune()  # as the experiments do
 
@@ -247,9 +246,9 @@ def throughput() -> Iterator[Row]:
     rule = make_rule(config)
     loss, tx = make_loss(config, rule), optim.make_optimizer(config.optim, config.train.steps)
     params = base.init(jax.random.key(0), transformer.spec(config.model, 200))
-    state = TrainState.create(params, tx, rule.init(params, {}))
-    step = make_train_step(loss, rule, tx, config.optim.ema)
     batches = [batch_at(dataset, 0, i) for i in range(40)]
+    state = init_state(loss, rule, tx, params, batches[0])
+    step = make_train_step(loss, rule, tx, config.optim.ema)
     for batch in batches:  # compiles every bucket
         state, _ = step(state, batch)
     jax.block_until_ready(state)

@@ -45,7 +45,7 @@ from tinyonn_jax.observe.console import table
 from tinyonn_jax.observe.files import write_atomically
 from tinyonn_jax.observe.metrics import column, percent
 from tinyonn_jax.presets import PRESETS
-from tinyonn_jax.training import Aux, TrainState, make_train_step
+from tinyonn_jax.training import Aux, TrainState, init_state, make_train_step
 from tinyonn_jax.training.loop import DivergedError
 from tinyonn_jax.training.optim import make_optimizer
 
@@ -237,8 +237,7 @@ def train(network: Network, batch: Batch, steps: int, seeds: Sequence[int]) -> I
     for seed in seeds:
         key = jax.random.key(seed)
         params = base.init(key, network.spec)
-        routings = jax.eval_shape(network.task, params, None, batch)[1].routings
-        state = TrainState.create(params, tx, network.rule.init(params, routings), seed)
+        state = init_state(network.loss, network.rule, tx, params, batch, seed)
         rows: list[dict[str, Any]] = []
         for i in range(steps + 1):
             batch = batch._replace(key=jax.random.fold_in(key, i))

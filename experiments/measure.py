@@ -27,8 +27,7 @@ from tinyonn_jax.observe import console
 from tinyonn_jax.observe.files import write_atomically
 from tinyonn_jax.training import optim
 from tinyonn_jax.training.objective import make_loss, make_rule
-from tinyonn_jax.training.state import TrainState
-from tinyonn_jax.training.step import make_train_step
+from tinyonn_jax.training.step import init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +108,7 @@ def whole_step(model: ModelConfig, batch: Batch, rule: str = "sars") -> tuple[Ca
     loss = make_loss(config, learning)
     tx = optim.make_optimizer(OptimConfig(matrices="adamw"), 1000)
     params = jax.jit(lambda key: base.init(key, transformer.spec(model, 1)))(jax.random.key(0))
-    routings = jax.eval_shape(loss, params, None, batch)[1].routings
-    box = [TrainState.create(params, tx, learning.init(params, routings))]
+    box = [init_state(loss, learning, tx, params, batch)]
     program = make_train_step(loss, learning, tx, ema=0.995).lower(box[0], batch).compile()
 
     def run():

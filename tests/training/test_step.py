@@ -19,7 +19,7 @@ from tinyonn_jax.learning.msaps import protection
 from tinyonn_jax.learning.rule import initial, without_routers
 from tinyonn_jax.training.optim import make_optimizer
 from tinyonn_jax.training.state import TrainState
-from tinyonn_jax.training.step import Aux, _norm, _renewed, gradients, make_train_step
+from tinyonn_jax.training.step import Aux, _norm, _renewed, gradients, init_state, make_train_step
 
 D = 6
 RNG = np.random.default_rng(0)
@@ -65,8 +65,7 @@ ALONE = ("a",)  # one layer, where a second would only be compiled
 
 def start(rule, tx, order=("a", "b"), params=None):
     params = parameters(order) if params is None else params
-    routings = jax.eval_shape(network(order, rule.isolate), params, None, BATCH)[1].routings
-    return TrainState.create(params, tx, rule.init(params, routings))
+    return init_state(network(order, rule.isolate), rule, tx, params, BATCH)
 
 
 def copy(tree):
@@ -379,6 +378,8 @@ def test_what_a_loss_function_must_return():
     for wrong in (lambda *_: jnp.float32(0), lambda *_: (jnp.float32(0), {})):
         with pytest.raises(TypeError, match=r"Aux\(routings, metrics\)"):
             gradients(wrong, none(), parameters(), None, BATCH)
+        with pytest.raises(TypeError, match=r"Aux\(routings, metrics\)"):
+            init_state(wrong, none(), make_optimizer(OPTIM, 10), parameters(), BATCH)
 
 
 def test_a_rule_may_measure_what_it_likes_of_each_layer():

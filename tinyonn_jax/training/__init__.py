@@ -2,6 +2,6 @@
 
 from tinyonn_jax.training.optim import labels
 from tinyonn_jax.training.state import TrainState
-from tinyonn_jax.training.step import Aux, make_train_step
+from tinyonn_jax.training.step import Aux, init_state, make_train_step
 
-__all__ = ["Aux", "TrainState", "labels", "make_train_step"]
+__all__ = ["Aux", "TrainState", "init_state", "labels", "make_train_step"]

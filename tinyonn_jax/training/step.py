@@ -47,6 +47,32 @@ Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 T = TypeVar("T")
 
 
+def _shapes(loss_fn: LossFn, params: Any, batch: Any) -> Aux:
+    """What the loss function returns besides the loss, as shapes.
+
+    Raises:
+        TypeError: it returned something else.
+    """
+    returned = jax.eval_shape(loss_fn, params, None, batch)
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Aux)):
+        raise TypeError(f"loss_fn must return (loss, Aux(routings, metrics)), not {type(returned).__name__}")
+    return returned[1]
+
+
+def init_state(
+    loss_fn: LossFn, rule: LearningRule, tx: optax.GradientTransformation, params: Any, batch: Any, seed: int = 0
+) -> TrainState:
+    """The state before the first step: what the rule remembers is as large as the routed layers that `loss_fn` meets.
+
+    `batch` is any batch, or what `jax.eval_shape` tells of one; of params, copies are kept (see `TrainState.create`).
+
+    Raises:
+        TypeError: the loss function returned something else than (loss, Aux).
+        ValueError: the names of its routings are not those of the routed layers in `params`.
+    """
+    return TrainState.create(params, tx, rule.init(params, _shapes(loss_fn, params, batch).routings), seed)
+
+
 def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: MetaState, batch: Any):
     """Gradients of one batch: main for modules, meta (plus main, for rules without isolation) for routers.
 
@@ -60,10 +86,7 @@ def gradients(loss_fn: LossFn, rule: LearningRule, params: Any, meta: MetaState,
     Warns:
         UserWarning: no gradient reaches the tap of some layer, most likely because the loss function does not hand it on.
     """
-    returned = jax.eval_shape(loss_fn, params, None, batch)
-    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Aux)):
-        raise TypeError(f"loss_fn must return (loss, Aux(routings, metrics)), not {type(returned).__name__}")
-    shapes = returned[1]
+    shapes = _shapes(loss_fn, params, batch)
     if set(shapes.routings) != set(layers(params)):
         raise ValueError(
             f"loss_fn returned routings {sorted(shapes.routings)}, but the routed layers are {sorted(layers(params))}"
