@@ -18,9 +18,9 @@ from typing import Any  # noqa: E402
 from tinyonn_jax import cli, runs, trained  # noqa: E402
 from tinyonn_jax.arc import submission  # noqa: E402
 from tinyonn_jax.config import Config, ConfigError  # noqa: E402
-from tinyonn_jax.observe.answers import answers  # noqa: E402
+from tinyonn_jax.observe.answers import answers, questions  # noqa: E402
 from tinyonn_jax.observe.console import print_grids, table  # noqa: E402
-from tinyonn_jax.observe.metrics import percent  # noqa: E402
+from tinyonn_jax.observe.metrics import how_scored, percent  # noqa: E402
 from tinyonn_jax.training import assemble  # noqa: E402
 from tinyonn_jax.uses import under  # noqa: E402
 
@@ -79,7 +79,8 @@ def evaluate(args: cli.Evaluate) -> None:
     if not counts["outputs"]:
         print(f"no test output is known; the answers are in {args.workdir / 'submission.json'}")
         return
-    table(f"{counts['outputs']} test outputs of {counts['tasks']} tasks, checkpoint of step {score['checkpoint']}", header, lines)
+    title = f"{counts['outputs']} test outputs of {counts['tasks']} tasks, checkpoint of step {score['checkpoint']}"
+    table(f"{title}, {how_scored(score)}", header, lines)
     if score.get("greedy_per_recursion"):
         print("greedy answers right after each recursion:", ", ".join(map(percent, score["greedy_per_recursion"])))
     print(f"next: python experiments/arc.py report --workdir {shlex.quote(str(args.workdir))}")
@@ -101,9 +102,9 @@ def predict(args: cli.Predict) -> None:
     shown = [(pair.input.tolist(), pair.output.tolist()) for pair in task.train if pair.output is not None]
     for i, (question, answer) in enumerate(shown, 1):
         print_grids([(f"input {i}", question), (f"output {i}", answer)])
-    for entry in entries:
+    for question, entry in zip(questions(entries), entries, strict=True):
         known = [] if entry["truth"] is None else [("truth", entry["truth"])]
-        print_grids([("test input", entry["input"]), *known, *answers(entry)])
+        print_grids([(question, entry["input"]), *known, *answers(entry)])
     name = re.sub(r"[^\w.-]", "_", task.id, flags=re.ASCII)[:100]  # an id may be anything
     name += "" if name == task.id else f"-{zlib.crc32(task.id.encode()):08x}"
     print(axes.save(grids.task_figure(task.id, entries, shown), args.workdir / "figures" / f"task_{name}.png"))

@@ -98,7 +98,7 @@ def open_run(folder: Path) -> Run:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); restore it, or start the run again in a new folder") from None
-    return Run(folder, config, tasks_from_json(text, str(path)))
+    return Run(folder, config, tasks_from_json(text, config.data, str(path)))
 
 
 def begin(folder: Path, config: Config, preset: str, command: str = "") -> Run:

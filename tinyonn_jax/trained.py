@@ -199,7 +199,7 @@ def _named(name: str, tasks: Iterable[Task], where: Path) -> Task:
     near = difflib.get_close_matches(name, by_id, 3) or sorted(by_id)[:3]
     like = f", like {', '.join(near)}" if near else ""
     if not name:
-        raise ConfigError(f"{where} has {len(by_id)} tasks{like}: name one with --task")
+        raise ConfigError(f"{where} has {len(by_id)} task{'s' * (len(by_id) != 1)}{like}: name one with --task")
     raise ConfigError(f"task {name} is not in {where}, which has {len(by_id)}{like}")
 
 
@@ -223,6 +223,8 @@ def read_task(run: Run, file: Path, name: str = "") -> Task:
             name = name or next(iter(source.faults))
         if name in source.faults:  # those of others do not matter
             raise ConfigError(source.faults[name])
+        if not name and len(source.tasks) == 1 and not source.faults:
+            return source.tasks[0]
         return _named(name, source.tasks, file)
     if name not in ("", file.stem):
         raise ConfigError(f"{file} holds one task, {file.stem}: leave out --task {name}")

@@ -1,10 +1,11 @@
 import json
+import re
 
 import numpy as np
 import pytest
 
 from tests.arc.files import GOOD, OPEN, change, kaggle, shifted, write
-from tinyonn_jax.arc.augment import Augmentation
+from tinyonn_jax.arc.augment import Augmentation, free_colours
 from tinyonn_jax.arc.sets import audit, from_json, load_task_sets, to_json
 from tinyonn_jax.arc.tasks import DataError, Pair, Task
 from tinyonn_jax.config import DataConfig
@@ -29,7 +30,7 @@ def test_laptop(laptop):
     assert laptop.task_ids == tuple(task.id for task in laptop.evaluation) == tuple(sorted(laptop.task_ids))
     assert all(task.test == () for task in laptop.tasks)
     assert laptop.audit.startswith("leakage audit: 0 by task id and 0 by identical pair, of 587 training pairs")
-    assert laptop.audit.endswith("; test pairs that are training pairs turned or recoloured: 6")
+    assert laptop.audit.endswith("; test pairs that augmentation makes of training pairs: 5")
     assert {example.row for example in laptop.training} == set(range(178))
     assert all(laptop.task_ids[row] == name for row, name, _ in laptop.training)
 
@@ -98,28 +99,61 @@ RECOLOURED = (0, 5, 3, 1, 9, 2, 6, 4, 8, 7)
 BLACK_MOVED = (1, 0, 2, 3, 4, 5, 6, 7, 8, 9)
 
 
+def made(seen, scored, cfg=DataConfig()):  # noqa: B008
+    """How many of the scored pairs the audit says augmentation makes of one demonstration."""
+    said = audit([Task("t", (seen,), ())], [Task("s", (), scored)], cfg)
+    return int((re.findall(r"; test pairs that augmentation makes of training pairs: (\d+)$", said) or [0])[0])
+
+
 @pytest.mark.parametrize(
-    ("turn_in", "turn_out", "permutation", "alike"),
+    ("turn_in", "turn_out", "permutation", "count", "of_zero"),
     [
-        *((turn, turn, RECOLOURED, 1) for turn in range(8)),
-        (1, 1, BLACK_MOVED, 0),
-        (0, 1, RECOLOURED, 0),
-        (0, 0, (0, 1, 1, 3, 4, 5, 6, 7, 8, 9), 0),  # two colours become one
+        *((turn, turn, RECOLOURED, 1, 1) for turn in range(8)),
+        (1, 1, BLACK_MOVED, 0, 1),
+        (0, 1, RECOLOURED, 0, 0),
+        (0, 0, (0, 1, 1, 3, 4, 5, 6, 7, 8, 9), 0, 0),  # two colours become one
     ],
 )
-def test_audit_counts_scored_pairs_that_are_views_of_training_pairs(turn_in, turn_out, permutation, alike):
+def test_audit_counts_scored_pairs_that_augmentation_makes(turn_in, turn_out, permutation, count, of_zero):
     grid = np.array([[0, 1, 2], [3, 1, 0]], np.int8)
-    scored = Pair(grid, grid[::-1] * 2)
+    scored = Pair(grid, grid[::-1])
     seen = Pair(Augmentation(turn_in, permutation).apply(grid), Augmentation(turn_out, permutation).apply(scored.output))
-    said = audit([Task("t", (seen,), ())], [Task("s", (), (scored, Pair(grid, None)))])
-    assert said.endswith("; test pairs that are training pairs turned or recoloured: 1") == bool(alike)
+    assert made(seen, (scored, Pair(grid, None))) == count
+    assert made(seen, (scored,), DataConfig(permute_zero=True)) == of_zero
+    assert made(seen, (scored,), DataConfig(augment=False)) == 0
+
+
+def test_audit_knows_that_colours_which_a_demonstration_makes_stay():
+    one = lambda a, b: Pair(np.array([[a]], np.int8), np.array([[b]], np.int8))  # noqa: E731
+    assert made(one(1, 2), (one(3, 2),)) == 1
+    assert made(one(1, 2), (one(3, 4),)) == 0
+
+
+def becomes(seen, scored, free):
+    """Whether some view of one pair, with only free colours changed, is the other."""
+    for view in map(Augmentation, range(8)):
+        grids = [(view.apply(seen.input), scored.input), (view.apply(seen.output), scored.output)]
+        if all(a.shape == b.shape for a, b in grids):
+            changes = {change for a, b in grids for change in zip(a.flat, b.flat, strict=True)}
+            unique = all(len(set(colours)) == len(changes) for colours in zip(*changes, strict=True))
+            if unique and all(a == b or (free[a] and free[b]) for a, b in changes):
+                return True
+    return False
+
+
+def test_audit_of_demo_against_every_view_of_every_training_pair():
+    sets = load_task_sets(PRESETS["demo"][1].data)
+    free = [free_colours(task.train) for task in sets.tasks]
+    scored = [pair for task in sets.evaluation for pair in task.test]
+    found = sum(any(becomes(seen, pair, free[row]) for row, _, seen in sets.training) for pair in scored)
+    assert sets.audit.endswith(f"of training pairs: {found}") and found == 3
 
 
 def test_audit_turns_every_pair_once(monkeypatch):
     turned = []
-    monkeypatch.setattr("tinyonn_jax.arc.sets._form", lambda pair: turned.append(pair) or pair.key)
+    monkeypatch.setattr("tinyonn_jax.arc.sets._form", lambda pair, fixed: turned.append(pair) or pair.key)
     seen, scored = (tuple(Pair(np.array([[c]], np.int8), np.array([[d]], np.int8)) for c in range(1, 6)) for d in (6, 7))
-    audit([Task("t", seen, ())], [Task("s", (), scored)])
+    audit([Task("t", seen, ())], [Task("s", (), scored)], DataConfig())
     assert len(turned) == len(seen) + len(scored)
 
 
@@ -129,13 +163,13 @@ def test_audit_catches_leaks():
 
     scored = Task("s", (pair(1, 2),), (pair(3, 4), Pair(np.array([[5]], np.int8))))
     honest = Task("h", (pair(3, 5),), (pair(4, 3),))
-    assert "(1 of their test outputs are unknown)" in audit([Task("s", scored.train, ()), honest], [scored])
+    assert "(1 of their test outputs are unknown)" in audit([Task("s", scored.train, ()), honest], [scored], DataConfig())
     with pytest.raises(DataError, match="1 by task id and 0 by identical pair, of 2 training pairs"):
-        audit([Task("s", (*scored.train, pair(5, 6)), ())], [scored])
+        audit([Task("s", (*scored.train, pair(5, 6)), ())], [scored], DataConfig())
     with pytest.raises(DataError, match="0 by task id and 1 by identical pair, of 2 training pairs"):
-        audit([Task("h", honest.train, (pair(3, 4),))], [scored])
+        audit([Task("h", honest.train, (pair(3, 4),))], [scored], DataConfig())
     with pytest.raises(DataError, match="1 by task id and 1 by identical pair"):
-        audit([scored.__class__("s", scored.train, scored.test[:1])], [scored])
+        audit([scored.__class__("s", scored.train, scored.test[:1])], [scored], DataConfig())
 
 
 def test_filters(tmp_path):
@@ -163,13 +197,14 @@ def test_skipped_tasks_are_counted(tmp_path):
 def test_json_round_trip(tmp_path):
     write(tmp_path / "t", a=GOOD, c=shifted(3))
     path = kaggle(tmp_path, {"k": change(("test",), [{"input": [[1]]}])})
-    sets = load_task_sets(DataConfig(train=(str(tmp_path / "t"),), eval=path, holdout=True))
+    cfg = DataConfig(train=(str(tmp_path / "t"),), eval=path, holdout=True)
+    sets = load_task_sets(cfg)
     text = to_json(sets)
-    again = from_json(text)
+    again = from_json(text, cfg)
     assert to_json(again) == text and json.loads(text)["task_ids"] == ["k", "a", "c"]
     assert (again.task_ids, again.audit, again.skipped) == (sets.task_ids, sets.audit, sets.skipped)
     assert [(e.row, e.task_id, e.pair.key) for e in again.training] == [(e.row, e.task_id, e.pair.key) for e in sets.training]
     assert [(e.row, e.task_id, e.pair.key) for e in again.validation] == [(e.row, e.task_id, e.pair.key) for e in sets.validation]
     for damaged in (text[: len(text) // 2], "[]", "{}", text.replace('"row": 0', '"row": 9'), text.replace("[[4]]", "[[40]]")):
         with pytest.raises(DataError, match=r"tasks\.json"):
-            from_json(damaged)
+            from_json(damaged, DataConfig())

@@ -57,6 +57,8 @@ def test_panels_without_data_say_so():
     assert texts(core_metrics(dense)).count(NO_LAYERS) == 4
     assert texts(core_metrics(dense)).count(NOT_MEASURED) == 1
     assert texts(expert_dashboard(dense)).count(NO_LAYERS) == 4
+    unknown = [{"step": 10, "layers": {"block.attention": {"load": None, "active_share": None}}}]
+    assert texts(core_metrics(unknown)).count(NOT_MEASURED) == 5 and NO_LAYERS not in texts(core_metrics(unknown))
     assert texts(core_metrics([])).count("nothing logged yet") == 6
     assert texts(expert_dashboard([])).count("nothing logged yet") == 4
     assert texts(expert_dashboard(synthetic.rows(steps=400))).count("no routing snapshot yet") == 4

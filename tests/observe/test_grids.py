@@ -46,7 +46,7 @@ def test_task_figure_shows_every_grid_with_its_verdict():
     figure = task_figure("00d62c1b", [entry(B, A), entry(WIDE)], [(A, B), (B, WIDE)])
     words = said(figure)
     assert words.count("✓ right") == 3 and words.count("✗ 1 of 4 cells off") == 1 and words.count("✗ 3 × 2, not 2 × 2") == 1
-    assert "00d62c1b ✗ not solved" in words and "input 2" in words
+    assert "00d62c1b ✗ not solved" in words and "input 2" in words and "test input 2" in words
     pictures = [np.asarray(image.get_array()).tolist() for image in figure.findobj(AxesImage)]
     assert pictures == [A, B, B, WIDE, B, A, A, B, A, B, A, A, WIDE]
     figure.draw_without_rendering()
@@ -54,5 +54,6 @@ def test_task_figure_shows_every_grid_with_its_verdict():
 
 def test_task_figure_without_truth_or_answers():
     figure = task_figure("x", [entry(truth=None, greedy=None)])
-    assert said(figure).count("no answer") == 2 and not any("✗" in word or "✓" in word for word in said(figure))
+    words = said(figure)
+    assert words.count("no answer") == 2 and words.count("test input") == 1 and not any("✗" in w or "✓" in w for w in words)
     figure.draw_without_rendering()

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from tinyonn_jax.observe.metrics import column, count, duration, latest, layer_names, loads, percent, training_seconds
+from tinyonn_jax.observe.metrics import column, count, duration, how_scored, latest, layer_names, loads, percent, training_seconds
 
 ROWS = [
     {"step": 10, "loss": 2.0, "layers": {"feedforward": {"load": [1.0, 0.0], "active_share": 0.5}}},
@@ -49,3 +49,9 @@ def test_training_seconds_are_those_of_the_last_row_that_has_any():
 )  # fmt: skip
 def test_numbers_as_a_person_writes_them(said, wanted):
     assert said == wanted
+
+
+def test_how_a_score_was_made():
+    assert how_scored({"augmentations": 1}) == "1 view"
+    asked = {"augmentations": 300, "batch": 8, "decode": "search", "min_probability": 0.1, "finalists": 16, "blank_task": True}
+    assert how_scored({"augmentations": 300, "eval": asked}) == "300 views, decode search, finalists 16, blank task"

@@ -64,7 +64,7 @@ def test_the_numbers_of_the_run_are_there(page):
     words = " ".join(page.text.split())
     for said in (
         "41.7 %", "15 of 36", "[26.1, 58.3]", "43.3 %", "12 of 30", "61.1 %", "22 of 36", "[45.2, 76.9]", "18 of 30",
-        "16 augmentations", "checkpoint of step 2,200",
+        "16 views of each test input", "checkpoint of step 2,200",
         "701,208", "of which embeddings 8,192", "of which routers 3,096", "feedforward 589,824",
         "Solved 20", "Failed 10", "expert_hidden 192", "python experiments/arc.py train --preset demo --workdir runs/routed",
     ):  # fmt: skip
@@ -175,8 +175,9 @@ def test_comparison_puts_runs_side_by_side(run, dense_run, tmp_path):
     assert dict(zip(header, routed, strict=True)) | {"run": "", "loss": "", "val. grids": "", "tokens/s": ""} == {
         "run": "", "kind": "dyntrm", "rule": "sars", "parameters": "701 k", "steps": "2200", "time": "5:00", "loss": "",
         "val. grids": "", "tokens/s": "", "pass@1": "41.7 %", "pass@2": "61.1 %", "interval": "[45.2, 76.9]",
+        "by": "16 views",
     }  # fmt: skip
-    assert dense[1:3] == ["dense", "–"] and nothing[1:] == ["–"] * 11
+    assert dense[1:3] == ["dense", "–"] and nothing[1:] == ["–"] * 12
     console = Console(file=io.StringIO(), force_terminal=False)
     assert compare([run, dense_run], tmp_path / "compare.png", console).stat().st_size > 10_000
     assert console.file.getvalue().count("61.1 %") == 2

@@ -194,6 +194,12 @@ def test_a_file_of_ones_own_for_a_run_that_takes_it(tmp_path):
     ):
         with pytest.raises(ConfigError, match=says):
             trained.read_task(run, several, name)
+    several.write_text(json.dumps({"a": good}))
+    (tasks / "several_solutions.json").unlink()
+    assert trained.read_task(run, several).id == "a"
+    several.write_text(json.dumps({"a": good, "c": bad}))
+    with pytest.raises(ConfigError, match="has 1 task, like a: name one with --task"):
+        trained.read_task(run, several)
     several.write_text(json.dumps({"c": bad}))
     for name, says in (("", "task c, train"), ("c", "task c, train"), ("d", "^task d is not in .*several_challenges.json")):
         with pytest.raises(ConfigError, match=says):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinyonn_jax.arc.augment import DIHEDRALS, transform
+from tinyonn_jax.arc.augment import DIHEDRALS, free_colours, transform
 from tinyonn_jax.arc.tasks import DataError, Pair, Task, canonical_name, load_source, parse_pairs, show
 from tinyonn_jax.arc.tokens import COLOURS, Grid, pair_length
 from tinyonn_jax.config import DataConfig
@@ -97,15 +97,15 @@ def load_task_sets(cfg: DataConfig) -> TaskSets:
     if held:
         rows = {example.row for example in held}
         built = tuple(replace(task, train=task.train[:-1]) if row in rows else task for row, task in enumerate(built))
-    return TaskSets(built, held, tuple(evaluation), audit(built, evaluation), skipped, tuple(messages))
+    return TaskSets(built, held, tuple(evaluation), audit(built, evaluation, cfg), skipped, tuple(messages))
 
 
-def audit(tasks: Iterable[Task], evaluation: Iterable[Task]) -> str:
+def audit(tasks: Iterable[Task], evaluation: Iterable[Task], cfg: DataConfig) -> str:
     """Checks that no test output of an evaluated task is trained on; returns the finding as one line for a human.
 
     By id: a training pair of an evaluated task must be one of its demonstrations. By identical pair: no training pair of any
-    task may equal a scored test pair. That some test pairs are training pairs turned or recoloured, so that augmentation makes
-    one of the other, is ARC's own doing, most often a task's demonstration: it is allowed, and counted.
+    task may equal a scored test pair. That augmentation, as `cfg` has it, makes some test pairs of training pairs is ARC's own
+    doing, most often of a task's demonstrations: it is allowed, and counted.
 
     Raises:
         DataError: there is a leak.
@@ -125,12 +125,8 @@ def audit(tasks: Iterable[Task], evaluation: Iterable[Task]) -> str:
         raise DataError(f"leakage audit: {finding}; leave those pairs out of data.train")
     if unknown:
         finding += f" ({unknown:,} of their test outputs are unknown)"
-    alike = _turned(
-        [pair for task in tasks for pair in task.train + task.test], [pair for task in evaluation for pair in task.test]
-    )
-    return f"leakage audit: {finding}" + (
-        f"; test pairs that are training pairs turned or recoloured: {alike:,}" if alike else ""
-    )
+    made = _made(tasks, [pair for task in evaluation for pair in task.test], cfg.permute_zero) if cfg.augment else 0
+    return f"leakage audit: {finding}" + (f"; test pairs that augmentation makes of training pairs: {made:,}" if made else "")
 
 
 def to_json(sets: TaskSets) -> str:
@@ -147,7 +143,7 @@ def to_json(sets: TaskSets) -> str:
     )
 
 
-def from_json(text: str, where: str = "tasks.json") -> TaskSets:
+def from_json(text: str, cfg: DataConfig, where: str = "tasks.json") -> TaskSets:
     """The sets that `to_json` wrote, audited again; `where` names the file in errors.
 
     Raises:
@@ -165,7 +161,7 @@ def from_json(text: str, where: str = "tasks.json") -> TaskSets:
         held = parse_pairs([entry["pair"] for entry in data["validation"]], f"{where}: validation", "train")
         rows = [entry["row"] for entry in data["validation"]]
         validation = tuple(Example(row, tasks[row].id, pair) for row, pair in zip(rows, held, strict=True))
-        return TaskSets(tasks, validation, evaluation, audit(tasks, evaluation), data["skipped"], tuple(data["messages"]))
+        return TaskSets(tasks, validation, evaluation, audit(tasks, evaluation, cfg), data["skipped"], tuple(data["messages"]))
     except DataError:
         raise
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
@@ -197,27 +193,35 @@ def _test_pairs(evaluation: Iterable[Task]) -> set[tuple]:
     return {pair.key for task in evaluation for pair in task.test if pair.output is not None}
 
 
-def _turned(trained: Iterable[Pair], scored: Iterable[Pair]) -> int:
-    """How many of the scored pairs are trained ones, up to a dihedral transform and a permutation of the colours but 0."""
-    known = [pair for pair in scored if pair.output is not None]
-    outlines = set(map(_outline, known))
-    forms = {_form(pair) for pair in trained if _outline(pair) in outlines}
-    return sum(_form(pair) in forms for pair in known)
+def _made(trained: Iterable[Task], scored: Iterable[Pair], permute_zero: bool) -> int:
+    """How many of the scored pairs are trained ones, turned, with the free colours of their task permuted."""
+    known = [(_outline(pair), pair) for pair in scored if pair.output is not None]
+    outlines = {outline for outline, _ in known}
+    alike: dict[tuple, list[tuple[tuple, Pair]]] = {}  # by the colours that stay as they are
+    for task in trained:
+        fixed = tuple(np.flatnonzero(~free_colours(task.train, permute_zero)))
+        pairs = [(_outline(pair), pair) for pair in task.train + task.test]
+        alike.setdefault(fixed, []).extend(pair for pair in pairs if pair[0] in outlines)
+    made = set()
+    for fixed, pairs in alike.items():
+        shared, forms = {outline for outline, _ in pairs}, {_form(pair, fixed) for _, pair in pairs}
+        made |= {i for i, (outline, pair) in enumerate(known) if outline in shared and _form(pair, fixed) in forms}
+    return len(made)
 
 
 def _outline(pair: Pair) -> tuple:
     """What all views of a pair share, quick to see."""
     grids = [grid for grid in (pair.input, pair.output) if grid is not None]
     counts = np.sum([np.bincount(grid.ravel(), minlength=COLOURS) for grid in grids], 0)
-    return *(tuple(sorted(grid.shape)) for grid in grids), counts[0], *sorted(counts[1:])
+    return *(tuple(sorted(grid.shape)) for grid in grids), *sorted(counts)
 
 
-def _form(pair: Pair) -> tuple:
+def _form(pair: Pair, fixed: tuple) -> tuple:
     """Equal for two pairs just if one is a view of the other: the least of its turns, colours numbered as they appear."""
     forms = []
     for dihedral in range(DIHEDRALS):
         grids = [transform(dihedral, grid) for grid in (pair.input, pair.output) if grid is not None]
-        cells = np.concatenate([[0], *(grid.ravel() for grid in grids)])  # 0 comes first, and so keeps its place
+        cells = np.concatenate([fixed, *(grid.ravel() for grid in grids)])  # those come first, and so keep their places
         _, first, colour = np.unique(cells, return_index=True, return_inverse=True)
         forms.append((*(grid.shape for grid in grids), np.argsort(np.argsort(first))[colour].tobytes()))
     return min(forms)

@@ -31,6 +31,11 @@ def answers(entry: Entry) -> list[tuple[str, Grid | None]]:
     return [("greedy", entry.get("greedy")), *((name(i, c), c["grid"]) for i, c in enumerate(candidates[:2], 1))]
 
 
+def questions(entries: Sequence[Entry]) -> list[str]:
+    """What to call a task's test inputs."""
+    return ["test input"] if len(entries) == 1 else [f"test input {i}" for i, _ in enumerate(entries, 1)]
+
+
 def judge(grid: Grid | None, truth: Grid | None) -> tuple[bool | None, str]:
     """Whether an answer is right (None: no truth to compare with), and why in a few words."""
     if grid is None:

@@ -24,7 +24,7 @@ from tinyonn_jax.observe.axes import (
     style,
 )
 from tinyonn_jax.observe.files import PARAMETERS, SCORE, damaged, read_config, read_json, require_run
-from tinyonn_jax.observe.metrics import Row, count, duration, latest, percent, training_seconds
+from tinyonn_jax.observe.metrics import Row, count, duration, how_scored, latest, percent, training_seconds
 from tinyonn_jax.observe.writers import read_metrics
 
 DASHES = ("-", "--", ":", "-.")
@@ -63,7 +63,7 @@ def compare_figure(runs: Mapping[str, Sequence[Row]]) -> Figure:
 def comparison(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[list[str]]]:
     """Header and one line a run: what it is, its size, time and newest metrics, its scores. A dash is for what is not there."""
     header = ["run", "kind", "rule", "parameters", "steps", "time", "loss", "val. grids", "tokens/s"]
-    header += ["pass@1", "pass@2", "interval"]
+    header += ["pass@1", "pass@2", "interval", "by"]
     table = []
     for folder in map(Path, folders):
         rows, config = read_metrics(folder), read_config(folder)
@@ -73,6 +73,7 @@ def comparison(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[str], li
             share = {name: percent(score[name]["outputs"]) if score else "–" for name in ("pass@1", "pass@2")}
             interval = (score or {}).get("intervals", {}).get("pass@2", {}).get("outputs")
             between = f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "–"
+            by = how_scored(score) if score else "–"
         with damaged(folder / PARAMETERS):
             size = count(parameters["total"]) if parameters else "–"
         table.append([
@@ -88,6 +89,7 @@ def comparison(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[str], li
             share["pass@1"],
             share["pass@2"],
             between,
+            by,
         ])  # fmt: skip
     return header, table
 

@@ -88,6 +88,11 @@ def _of_last_block(rows: Sequence[Row], layer: str, what: str) -> tuple[str | in
     return blocks if len(column(rows, *blocks)[0]) else ("layers", layer, what)
 
 
+def _nothing(rows: Sequence[Row]) -> str:
+    """Why a panel of routed layers has nothing to show."""
+    return NOT_MEASURED if layer_names(rows) else NO_LAYERS if rows else NOTHING
+
+
 def _marker(steps: np.ndarray) -> str | None:
     """A line of one point would show nothing."""
     return "o" if len(steps) == 1 else None
@@ -144,7 +149,7 @@ def _surprise(ax: Axes, rows: Sequence[Row]) -> None:
     curve(ax, rows, "surprise_output", "output", RED)
     curve(ax, rows, "surprise_param", "parameter", ORANGE)
     if not ax.lines:
-        return empty(ax, NOT_MEASURED if layer_names(rows) else NO_LAYERS if rows else NOTHING)
+        return empty(ax, _nothing(rows))
     log_axis(ax)
     if len(column(rows, "tau")[0]):
         right = twin(ax, "tau", BLUE)
@@ -157,7 +162,7 @@ def _surprise(ax: Axes, rows: Sequence[Row]) -> None:
 def _activation(ax: Axes, rows: Sequence[Row]) -> None:
     layers = [name for name in layer_names(rows) if len(column(rows, "layers", name, "active_share")[0])]
     if not layers:
-        return empty(ax, NO_LAYERS if rows else NOTHING)
+        return empty(ax, _nothing(rows))
     right = twin(ax, "Act% (dashed)", MUTED)
     for i, (name, label, colour) in enumerate(_curves(layers)):
         steps, shares = column(rows, *_of_last_block(rows, name, "active_share"))
@@ -175,7 +180,7 @@ def _activation(ax: Axes, rows: Sequence[Row]) -> None:
 def _in_use(ax: Axes, rows: Sequence[Row]) -> None:
     layers = [name for name in layer_names(rows) if len(loads(rows, name)[0])]
     if not layers:
-        return empty(ax, NO_LAYERS if rows else NOTHING)
+        return empty(ax, _nothing(rows))
     curves = _curves(layers)
     for name, label, colour in curves:
         steps, load = loads(rows, name)
@@ -191,7 +196,7 @@ def _divergence(ax: Axes, rows: Sequence[Row]) -> None:
     """The VAE view: KL of each batch's routing from its moving prior, and the ELBO proxy."""
     layers = [name for name in layer_names(rows) if len(column(rows, "layers", name, "kl")[0])]
     if not layers:
-        return empty(ax, NOT_MEASURED if layer_names(rows) else NO_LAYERS if rows else NOTHING)
+        return empty(ax, _nothing(rows))
     for name, label, colour in _curves(layers):
         curve(ax, rows, _of_last_block(rows, name, "kl"), label, colour)
     log_axis(ax)
@@ -275,7 +280,7 @@ def _heat(ax: Axes, layer: str, rows: Sequence[Row], routing: Routing) -> None:
     middle = (steps[1:] + steps[:-1]) / 2
     edges = np.r_[steps[0] - (len(steps) == 1) / 2, middle, steps[-1] + (len(steps) == 1) / 2]
     lines = np.arange(load.shape[1] + 1) - 0.5
-    mesh = ax.pcolormesh(edges, lines, load.T, cmap=SHARE_COLOURS, vmin=0, vmax=max(load.max(), 1e-9))
+    mesh = ax.pcolormesh(edges, lines, load.T, cmap=SHARE_COLOURS, vmin=0, vmax=load.max() or 1)
     _modules(ax, layer, load.shape[1])
     ax.set_ylim(-0.5, load.shape[1] - 0.5)
     ax.grid(False)

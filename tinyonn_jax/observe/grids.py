@@ -8,7 +8,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from tinyonn_jax.observe.answers import ARC_COLOURS, MARK, Entry, Grid, answers, judge, solved
+from tinyonn_jax.observe.answers import ARC_COLOURS, MARK, Entry, Grid, answers, judge, questions, solved
 from tinyonn_jax.observe.axes import FAINT, INK, MUTED, literal
 
 Cell = tuple[str, Grid | None, bool | None, str]  # title, grid, right or wrong, and why
@@ -37,9 +37,9 @@ def _draw_grids(axes: Sequence[Axes], cells: Sequence[Cell]) -> None:
         ax.set_ylim((h + height) / 2 - 0.4, (h - height) / 2 - 0.6)
 
 
-def _cells(entry: Entry) -> list[Cell]:
+def _cells(question: str, entry: Entry) -> list[Cell]:
     truth = entry.get("truth")
-    cells: list[Cell] = [("test input", entry["input"], None, ""), ("truth", truth, None, "" if truth is not None else "unknown")]
+    cells: list[Cell] = [(question, entry["input"], None, ""), ("truth", truth, None, "" if truth is not None else "unknown")]
     return cells + [(name, grid, *judge(grid, truth)) for name, grid in answers(entry)]
 
 
@@ -52,7 +52,7 @@ def task_figure(task_id: str, entries: Sequence[Entry], demonstrations: Sequence
         [(f"{name} {i}", pair[k], None, "") for i, pair in enumerate(demonstrations, 1)]
         for k, name in enumerate(("input", "output"))
     ]
-    lines = [line for line in lines if line] + [_cells(entry) for entry in entries]
+    lines = [line for line in lines if line] + list(map(_cells, questions(entries), entries))
     columns = max(map(len, lines))
     figure = Figure(figsize=(1.75 * columns, 1.95 * len(lines) + 0.45), layout="constrained")
     verdict = {True: "✓ solved", False: "✗ not solved", None: ""}[solved(entries)]

@@ -5,10 +5,13 @@ Letters: S logged steps that hold the value, M modules of one routed layer.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+
+from tinyonn_jax.config import EvalConfig
 
 Row = Mapping[str, Any]
 
@@ -57,6 +60,15 @@ def training_seconds(rows: Sequence[Row]) -> float:
     """Seconds of training so far, over all starts of the run; 0 before the first row."""
     _, seconds = column(rows, "seconds")
     return float(seconds[-1]) if len(seconds) else 0.0
+
+
+def how_scored(score: Mapping[str, Any]) -> str:
+    """What a score in score.json was made by: its views, and what else of the configuration bears on it and is not as by default,
+    as in `16 views, finalists 16`."""
+    views, usual = score["augmentations"], asdict(EvalConfig())
+    options = {k: v for k, v in score.get("eval", {}).items() if k not in ("augmentations", "batch") and v != usual.get(k)}
+    said = [name.replace("_", " ") + ("" if value is True else f" {value}") for name, value in options.items()]
+    return ", ".join([f"{views} view{'s' * (views != 1)}", *said])
 
 
 def percent(share: float | None) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tinyonn_jax.config import Config
-from tinyonn_jax.observe.answers import ARC_COLOURS, MARK, Entry, Grid, answers, judge, solved
+from tinyonn_jax.observe.answers import ARC_COLOURS, MARK, Entry, Grid, answers, judge, questions, solved
 from tinyonn_jax.observe.figures import write_dashboards
 from tinyonn_jax.observe.files import (
     CONFIG,
@@ -31,7 +31,7 @@ from tinyonn_jax.observe.files import (
     stored_origin,
     write_atomically,
 )
-from tinyonn_jax.observe.metrics import Row, column, count, duration, latest, percent, training_seconds
+from tinyonn_jax.observe.metrics import Row, column, count, duration, how_scored, latest, percent, training_seconds
 from tinyonn_jax.observe.writers import read_metrics
 from tinyonn_jax.presets import PRESETS
 
@@ -113,9 +113,9 @@ def _task(task_id: str, entries: Sequence[Entry], pairs: Sequence[Sequence[Grid]
         cells = [_cell(f"input {i}", pair[0]) + _cell(f"output {i}", pair[1]) for i, pair in enumerate(pairs, 1)]
         shown = "".join(f'<div class="pair">{pair}</div>' for pair in cells)
         rows += f'<h4>Demonstrations</h4><div class="grids">{shown}</div><h4>Test</h4>'
-    for entry in entries:
+    for question, entry in zip(questions(entries), entries, strict=True):
         truth = entry.get("truth")
-        cells = [_cell("test input", entry["input"]), _cell("truth" if truth is not None else "truth: unknown", truth)]
+        cells = [_cell(question, entry["input"]), _cell("truth" if truth is not None else "truth: unknown", truth)]
         cells += [_cell(name, grid, truth, judged=True) for name, grid in answers(entry)]
         rows += f'<div class="grids">{"".join(cells)}</div>'
     right = sum(solved([entry]) is True for entry in entries)
@@ -142,7 +142,7 @@ def _scores(score: Entry | None) -> str:
             row.append(f"<b>{percent(share)}</b>" + "".join(f"<small>{line}</small>" for line in (number, limits) if line))
         rows.append(row)
     header = ["", *(f'<abbr title="{says}">{label}</abbr>' for _, label, says in AGGREGATIONS)]
-    note = f"{score['augmentations']} augmentations a test input · checkpoint of step {score['checkpoint']:,}"
+    note = f"{_esc(how_scored(score))} of each test input · checkpoint of step {score['checkpoint']:,}"
     if score.get("greedy_per_recursion"):
         note += f" · greedy answers right after each recursion: {', '.join(map(percent, score['greedy_per_recursion']))}"
     return _table(header, rows, "scores") + f'<p class="note">{note} · bootstrap intervals in brackets</p>'
