@@ -35,8 +35,8 @@ from tinyonn_jax.training import assemble, sharding
 from tinyonn_jax.training.objective import make_loss, make_rule
 from tinyonn_jax.training.step import gradients
 
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-"""Dense bfloat16 FLOP/s by a part of the device's name, from its data sheet."""
+PEAK = {"H100 PCIe": 756e12, "NVL": 835e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
+"""Dense bfloat16 FLOP/s by a part of the device's name, the first that fits, from data sheets."""
 
 
 @dataclass(frozen=True)

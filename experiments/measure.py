@@ -156,7 +156,7 @@ def json_file(text: str) -> Path:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """The option that `report` takes its file from."""
-    help_line = "also write the rows to this file, as they come: a list of {row, value, limit, ok}"
+    help_line = "also write the rows to this file, as they come: a list of {row, value, limit, unit, least, error, ok}"
     parser.add_argument("--json", type=json_file, help=help_line)
 
 
@@ -175,7 +175,7 @@ def report(measured: Iterable[Row], file: Path | None) -> bool:
         print(f"{row.row}: {_shown(row)}", flush=True)
         rows.append(row)
         if file:
-            kept = [{"row": row.row, "value": row.value, "limit": row.limit, "ok": row.ok} for row in rows]
+            kept = [dataclasses.asdict(row) | {"ok": row.ok} for row in rows]
             write_atomically(file, json.dumps(kept, indent=2) + "\n")
     lines = []
     for row in rows:

@@ -2,7 +2,8 @@
 
 The whole step of preset arc1 is compiled for simulated devices at a fixed number of tokens a device (weak scaling), and never
 run: its arguments are shapes without arrays. What is read from the compiled program is exact; what follows for real machines is
-a prediction. Exit status 1 if a device gathers tokens or the experts of others, or sends more the more devices there are.
+a prediction. Exit status 1 if a device gathers tokens or the experts of others, or works on larger arrays with others the more
+devices there are (of an array that is summed, it sends up to twice as much among many devices as among two).
 """
 
 import argparse
@@ -138,7 +139,7 @@ def forbidden(reading: Reading, spec: Any, config: Config, rows: int, length: in
 
 
 def flat(rows: Sequence[Figures]) -> str:
-    """In words, how what a device sends grows among the rows that have every mesh axis; empty if it does not."""
+    """In words, how what devices work on together grows among the rows that have every mesh axis; empty if it does not."""
     whole = [row for row in rows if min(row.mesh.data, row.mesh.fsdp, row.mesh.expert) > 1]
     for row in whole[1:]:
         before, now = whole[0].reading.payload(), row.reading.payload()

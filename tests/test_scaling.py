@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import scaling
@@ -148,6 +150,22 @@ def test_the_command_on_a_small_network(monkeypatch, tmp_path, capsys):
     assert "2 × 2 × 2" in out and "not measured" in out and "–" in out.split("efficiency")[1].split("Predicted")[0]
     (found,) = json.loads((tmp_path / "rows.json").read_text())
     assert found["devices"] == 8 and found["bytes_sent"]["all-reduce"] > 0 and found["done"] > found["formula"] > 0
+
+
+@pytest.mark.parametrize(("dispatch", "alike"), [("replicate", 2), ("all-to-all", 1)])
+def test_a_program_that_gathers_tokens_or_hides_what_it_sends_is_refused(dispatch, alike, monkeypatch):
+    """Along expert devices have the same tokens, or each its own."""
+    program = mock.MagicMock()
+    program.spec = transformer.spec(MODEL, 3)
+    monkeypatch.setattr(scaling.assemble, "assemble", lambda *_: program)
+    for n in (1, 2):
+        gather = Collective("all-gather", ((2 * n * ROWS * LENGTH, 16),), 4, ((0, 2), (1, 3)), 0, 1)
+        monkeypatch.setattr(scaling, "read", lambda *_, gather=gather: Reading((gather,), 0, 0, 0))
+        with pytest.raises(ValueError, match="tokens are gathered") if n == alike else nullcontext():
+            scaling.measure(CONFIG, MeshConfig(2, 2, 2, dispatch=dispatch), ROWS, LENGTH)
+    monkeypatch.setattr(scaling, "read", lambda *_: Reading((), 0, 1, 0))
+    with pytest.raises(ValueError, match="1 collectives in loops of unknown length"):
+        scaling.measure(CONFIG, MeshConfig(2, 2, 2, dispatch=dispatch), ROWS, LENGTH)
 
 
 def test_numbers_of_devices_that_have_no_split(capsys):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.layers.naive import CLOSE
 from tinyonn_jax.layers import grouped, kernels
+from tinyonn_jax.layers.kernels import ragged
 
 ROWS, MODULES, INPUTS, OUTPUTS = 70, 4, 5, 3  # blocks of 16 to 32 rows: the larger groups below span several
 KERNELS = tuple(kernel for kernel in kernels.TITLES if kernel != "tokamax" or importlib.util.find_spec("tokamax"))
@@ -131,6 +132,24 @@ def test_kernels_lower_for_a_gpu(dtype):
     x, w, sizes, g = (jax.ShapeDtypeStruct(s, jnp.int32 if s == (8,) else dtype) for s in shapes)
     program = forward_and_back.trace("pallas", x, w, sizes, g).lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("xla.gpu.triton") == 6  # y, dx and dw, tapped and not
+
+
+def test_what_a_ragged_dot_leaves_in_idle_rows_goes_nowhere():
+    """That of CPUs leaves zeros; others leave what was there, and sum over it."""
+    x, w, g = numbers()
+    sizes = jnp.array([3, 0, 5, 1])
+    idle = jnp.arange(ROWS)[:, None] >= 9
+
+    def careless(x, w, sizes):
+        return jnp.where(idle, jnp.nan, jax.lax.ragged_dot(x, w, sizes))
+
+    def sums(x, g, sizes, **how):
+        return jax.lax.ragged_dot_general(x, g, sizes, **how) + jnp.sum(jnp.where(idle, g, 0))
+
+    np.testing.assert_array_equal(ragged.forward(x, w, sizes, careless), ragged.forward(x, w, sizes))
+    for tapped in (True, False):
+        want, got = ragged.backward(tapped, x, w, sizes, g), ragged.backward(tapped, x, w, sizes, g, careless, sums)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize("kernel", ("loop", "ragged", "pallas"))

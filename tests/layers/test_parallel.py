@@ -170,7 +170,7 @@ def test_a_part_of_a_routing_by_hand():
     assert (mine.config.modules, mine.config.groups, mine.config.slots_per_group) == (2, 1, 2)
 
 
-# Four tokens on each of two devices, a module each. Room for two from one to another: capacity 1 × 4 pairs / 2 devices.
+# Four tokens on each of two devices, a module each. Room for two from one to another: 0.8 × 4 pairs / 2 devices, rounded up.
 CROWD = [[0], [0], [0], [1], [1], [1], [1], [1]]
 USED = [[True], [True], [True], [True], [True], [False], [True], [True]]
 LATE = [[False], [False], [True], [False], [False], [False], [False], [True]]
@@ -180,7 +180,7 @@ LATE = [[False], [False], [True], [False], [False], [False], [False], [True]]
 def test_what_finds_no_room_is_dropped_and_counted(ragged):
     w = make(tuple(Param((2, *p.shape[1:]), p.axes, zeros) for p in MLPS))
     x, r = X[:8], hand_made(CROWD, np.ones((8, 1)), USED, 2, D)
-    layout = sharding.layout(sharding.make_mesh(sending(1, 1, 2)), capacity=1.0)
+    layout = sharding.layout(sharding.make_mesh(sending(1, 1, 2)), capacity=0.8)
 
     def loss(w, x, weight, t, limit):
         with over(replace(layout, ragged=ragged) if limit else None):

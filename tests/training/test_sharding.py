@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import chex
 import jax
@@ -100,6 +101,13 @@ def test_modules_go_over_expert():
     layout = sharding.layout(mesh)
     assert layout is not None and layout.tokens(8) == P(("data", "fsdp")) and layout.tokens(6) is None
     assert sharding.layout(sharding.make_mesh(MeshConfig(data=1))) is None
+
+
+@pytest.mark.parametrize(("platform", "ragged"), [("cpu", False), ("gpu", False), ("tpu", True)])
+def test_only_tpus_send_raggedly(platform, ragged):
+    mesh = mock.Mock(size=8, devices=np.array([mock.Mock(platform=platform)]))
+    layout = sharding.layout(mesh)
+    assert layout is not None and layout.ragged == ragged
 
 
 def test_tokens_that_are_sent_are_split_over_the_modules_axis_too():
