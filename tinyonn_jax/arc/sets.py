@@ -217,7 +217,8 @@ def _outline(pair: Pair) -> tuple:
 
 
 def _form(pair: Pair, fixed: tuple) -> tuple:
-    """Equal for two pairs just if one is a view of the other: the least of its turns, colours numbered as they appear."""
+    """Equal for two pairs just if one is a view of the other in which the `fixed` colours stay: the least of its turns, the other
+    colours numbered as they appear."""
     forms = []
     for dihedral in range(DIHEDRALS):
         grids = [transform(dihedral, grid) for grid in (pair.input, pair.output) if grid is not None]
