@@ -16,6 +16,16 @@ def test_parity_and_attention_pass_here():
     assert {row.row.split()[1].rstrip(",") for row in rows} >= {"loop", "ragged", "pallas", "padded", "dense"}
 
 
+def test_what_is_timed_on_a_gpu_runs_here(monkeypatch):
+    monkeypatch.setattr(gpu, "usable", lambda: ["loop", "padded"])
+    found = [row for section in (gpu.against_cpu, gpu.training, gpu.evaluation, gpu.routed) for row in section(gpu.TINY)]
+    assert not [row for row in found if row.error]
+    unknown = ["step: gradients", "training: arc1, share", "evaluation: share"]  # on a CPU
+    assert all(row.value or any(row.row.startswith(name) for name in unknown) for row in found)
+    *_, loop, blocks, best = found
+    assert best.value == min(loop.value, blocks.value)
+
+
 def test_parity_finds_a_kernel_that_is_wrong(monkeypatch):
     monkeypatch.setattr(gpu, "usable", lambda: ["padded", "ragged"])
     monkeypatch.setattr(padded, "forward", lambda x, w, sizes: 2 * ragged.forward(x, w, sizes))
