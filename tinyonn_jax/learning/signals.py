@@ -93,11 +93,11 @@ def summary(routing: Routing, signals: Signals | NeuronSignals, like: Float[Arra
     `dead_modules` counted, and told apart in `load [L,M]` and `active_share_by_block [L]`. `load [M]` share of the slots in use
     that each module serves; `active_share` share of modules that a token uses; `usage_entropy` of load, over its maximum;
     `max_load` largest load times M, 1 when even; `dead_modules` how many served no token of the batch; `unrouted` share of tokens
-    without a module above zero; `surprise_output`, `surprise_param` mean norms of the slots in use (see `Signals`); `gating_acc`
-    share of (token, group) decisions with several active modules, any of them surprised, whose top logit is the least surprised
-    (by parameter gradient): NaN when there is none, and not there where there cannot be one, as with one slot for each group, or
-    neurons, of which a token uses many at once and prefers none; `dropped` share of the slots in use that went without their
-    module, where that can be.
+    without a module above zero (see `Routing`); `surprise_output`, `surprise_param` mean norms of the slots in use (see
+    `Signals`); `gating_acc` share of (token, group) decisions with several active modules, any of them surprised, whose top logit
+    is the least surprised (by parameter gradient): NaN when there is none, and not there where there cannot be one, as with one
+    slot for each group, or neurons, of which a token uses many at once and prefers none; `dropped` share of the slots in use that
+    went without their module, where that can be.
     """
     used = pooled(served(routing), like)  # [*L,M]
     modules = used.shape[-1]
