@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tinyonn_jax.config import ConfigError
+from tinyonn_jax.observe.writers import read_metrics
 from tinyonn_jax.training import processes, sharding
 from tinyonn_jax.training.checkpoint import steps
 
@@ -34,9 +35,8 @@ def start(folder: Path, command: tuple[str, ...], *flags: str, **env: str) -> su
 
 
 def losses(folder: Path) -> dict[int, float]:
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {row["step"]: row["main_loss"] for row in rows}
+    """So far; a row may be half written."""
+    return {row["step"]: row["main_loss"] for row in read_metrics(folder)}
 
 
 def saved(folder: Path) -> int:
