@@ -99,9 +99,9 @@ RECOLOURED = (0, 5, 3, 1, 9, 2, 6, 4, 8, 7)
 BLACK_MOVED = (1, 0, 2, 3, 4, 5, 6, 7, 8, 9)
 
 
-def made(seen, scored, cfg=DataConfig()):  # noqa: B008
+def made(seen, scored, **fields):
     """How many of the scored pairs the audit says augmentation makes of one demonstration."""
-    said = audit([Task("t", (seen,), ())], [Task("s", (), scored)], cfg)
+    said = audit([Task("t", (seen,), ())], [Task("s", (), scored)], DataConfig(**fields))
     return int((re.findall(r"; test pairs that augmentation makes of training pairs: (\d+)$", said) or [0])[0])
 
 
@@ -119,8 +119,8 @@ def test_audit_counts_scored_pairs_that_augmentation_makes(turn_in, turn_out, pe
     scored = Pair(grid, grid[::-1])
     seen = Pair(Augmentation(turn_in, permutation).apply(grid), Augmentation(turn_out, permutation).apply(scored.output))
     assert made(seen, (scored, Pair(grid, None))) == count
-    assert made(seen, (scored,), DataConfig(permute_zero=True)) == of_zero
-    assert made(seen, (scored,), DataConfig(augment=False)) == 0
+    assert made(seen, (scored,), permute_zero=True) == of_zero
+    assert made(seen, (scored,), augment=False) == 0
 
 
 def test_audit_knows_that_colours_which_a_demonstration_makes_stay():

@@ -64,7 +64,7 @@ def test_the_numbers_of_the_run_are_there(page):
     words = " ".join(page.text.split())
     for said in (
         "41.7 %", "15 of 36", "[26.1, 58.3]", "43.3 %", "12 of 30", "61.1 %", "22 of 36", "[45.2, 76.9]", "18 of 30",
-        "16 views of each test input", "checkpoint of step 2,200",
+        "each test input by 16 views", "checkpoint of step 2,200",
         "701,208", "of which embeddings 8,192", "of which routers 3,096", "feedforward 589,824",
         "Solved 20", "Failed 10", "expert_hidden 192", "python experiments/arc.py train --preset demo --workdir runs/routed",
     ):  # fmt: skip

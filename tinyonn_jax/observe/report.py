@@ -142,7 +142,7 @@ def _scores(score: Entry | None) -> str:
             row.append(f"<b>{percent(share)}</b>" + "".join(f"<small>{line}</small>" for line in (number, limits) if line))
         rows.append(row)
     header = ["", *(f'<abbr title="{says}">{label}</abbr>' for _, label, says in AGGREGATIONS)]
-    note = f"{_esc(how_scored(score))} of each test input · checkpoint of step {score['checkpoint']:,}"
+    note = f"each test input by {_esc(how_scored(score))} · checkpoint of step {score['checkpoint']:,}"
     if score.get("greedy_per_recursion"):
         note += f" · greedy answers right after each recursion: {', '.join(map(percent, score['greedy_per_recursion']))}"
     return _table(header, rows, "scores") + f'<p class="note">{note} · bootstrap intervals in brackets</p>'
